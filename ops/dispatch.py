@@ -1,0 +1,230 @@
+"""Which implementation of an operator runs, and the argument checks that operators share.
+
+An operator has several implementations of one definition. `backend=` names one; a named
+implementation never gives way to another: it runs, or the call raises and says why not.
+Only `None` chooses: Triton for CUDA (and meta) tensors that it supports, else the portable path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "torch", "triton", "natten")
+
+# Read once, without importing anything: a compiled graph must not depend on a look at the disk.
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+NATTEN_INSTALLED = importlib.util.find_spec("natten") is not None
+TRITON_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+_TORCH_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator as data: the shapes of its tensors and its other arguments.
+
+    Tests, benchmarks and tables draw random tensors of these shapes and iterate over the cases.
+    """
+
+    note: str
+    shapes: Mapping[str, tuple[int, ...]]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operator: `run`, and `refuse`, which says why it cannot (or None).
+
+    Both take the arguments that the operator's public function has checked and normalised.
+    """
+
+    run: Callable[..., Any]
+    refuse: Callable[..., str | None] = lambda *args, **kwargs: None
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator's public function, its implementations by backend name, and its test cases."""
+
+    name: str
+    function: Callable[..., Any]
+    implementations: Mapping[str, Implementation]
+    cases: Sequence[Case]
+
+    def __post_init__(self) -> None:
+        if self.name in OPERATORS:
+            raise ValueError(f"operator {self.name!r} is already registered")
+        OPERATORS[self.name] = self
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def _check_backend(origin: str, name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{origin}={name!r} is unknown; allowed are {', '.join(BACKENDS)} or None")
+    return name
+
+
+_forced: str | None = os.environ.get("VITARIUM_BACKEND") or None
+if _forced is not None:
+    _check_backend("environment variable VITARIUM_BACKEND", _forced)
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Within the block every operator called with `backend=None` runs `name` (process-wide).
+
+    Args:
+        name: one of `BACKENDS`, or None for the automatic choice.
+
+    Raises:
+        ValueError: `name` is unknown.
+    """
+    global _forced
+    if name is not None:
+        _check_backend("backend", name)
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def exporting() -> bool:
+    """True while a graph is recorded that must hold plain ATen (torch.export, ONNX, jit.trace)."""
+    if torch.jit.is_tracing():
+        return True
+    if not torch.compiler.is_exporting():
+        return False
+    # Before 2.13 is_exporting() is also true inside plain torch.compile.
+    return _TORCH_VERSION >= (2, 13) or not torch.compiler.is_dynamo_compiling()
+
+
+def choose(
+    operator: str,
+    requested: str | None,
+    implementations: Mapping[str, Implementation],
+    device: torch.device,
+    *args: Any,
+) -> Callable[..., Any]:
+    """The implementation that runs this call.
+
+    Args:
+        operator: the operator's name, for messages.
+        requested: the caller's `backend=` argument.
+        implementations: by backend name.
+        device: where the call's tensors live.
+        args: what `refuse` of every implementation is asked with.
+
+    Raises:
+        ValueError: the named backend is unknown, absent from this operator, or cannot run it.
+    """
+    name = requested if requested is not None else _forced
+    if name is None:
+        if device.type in ("cuda", "meta") and not exporting():
+            fused = implementations.get("triton")
+            if fused is not None and fused.refuse(*args) is None:
+                return fused.run
+        return implementations["torch"].run
+    _check_backend(f"{operator}: backend", name)
+    if name not in implementations:
+        raise ValueError(
+            f"{operator}: backend={name!r} does not exist for this operator; "
+            f"allowed are {', '.join(implementations)} or None"
+        )
+    reason = implementations[name].refuse(*args)
+    if reason is not None:
+        raise ValueError(f"{operator}: backend={name!r} cannot run this call: {reason}")
+    return implementations[name].run
+
+
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def triton_refuses(tensor: Tensor) -> str | None:
+    """Why no Triton kernel can run on this tensor's device and dtype, or None."""
+    if tensor.dtype not in TRITON_DTYPES:
+        return f"dtype {tensor.dtype} is not one of float32, float16, bfloat16"
+    if tensor.device.type == "meta":
+        return None  # shapes only: nothing is launched
+    if not TRITON_INSTALLED:
+        return "triton is not installed (it exists for Linux only)"
+    if tensor.device.type != "cuda" and not TRITON_INTERPRET:
+        return f"it needs a CUDA tensor (or TRITON_INTERPRET=1), got one on {tensor.device.type!r}"
+    return None
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype, if autocast is on for their device (as SDPA does)."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
+
+
+def check_tensors(operator: str, **tensors: Tensor) -> None:
+    """All are floating-point tensors of one dtype on one device.
+
+    Raises:
+        TypeError: one is no tensor, or not of a floating-point dtype, or of another dtype.
+        ValueError: one is on another device.
+    """
+    first = None
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{operator}: {name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{operator}: {name} must be floating-point, got {tensor.dtype}")
+        if first is None:
+            first, first_name = tensor, name
+            continue
+        if tensor.dtype != first.dtype:
+            raise TypeError(
+                f"{operator}: {name} has dtype {tensor.dtype}, {first_name} has {first.dtype}; "
+                "they must agree"
+            )
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{operator}: {name} is on {tensor.device}, {first_name} on {first.device}; "
+                "they must agree"
+            )
+
+
+def per_dimension(
+    operator: str, name: str, value: Any, dimensions: int, kind: type[int] | type[bool] = int
+) -> tuple[Any, ...]:
+    """`value` as one entry per spatial dimension; integers must be at least 1.
+
+    Raises:
+        TypeError: an entry is not of `kind`.
+        ValueError: the number of entries is not `dimensions`, or an integer is below 1.
+    """
+    entries = tuple(value) if isinstance(value, Sequence) else (value,) * dimensions
+    if len(entries) != dimensions:
+        raise ValueError(
+            f"{operator}: {name}={value!r} has {len(entries)} entries; allowed are one "
+            f"{kind.__name__} or {dimensions}, one per spatial dimension"
+        )
+    for entry in entries:
+        if kind is bool:
+            fits = isinstance(entry, bool)
+        else:
+            fits = isinstance(entry, (int, torch.SymInt)) and not isinstance(entry, bool)
+        if not fits:
+            raise TypeError(
+                f"{operator}: {name}={value!r} must hold {kind.__name__}, "
+                f"got {type(entry).__name__}"
+            )
+        if kind is int and entry < 1:
+            raise ValueError(f"{operator}: {name}={value!r} must be at least 1")
+    return entries

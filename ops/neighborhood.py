@@ -1,0 +1,550 @@
+"""Neighborhood attention: every token attends to the window of tokens nearest to it.
+
+Hassani et al., "Neighborhood Attention Transformer" (arXiv 2204.07143); dilation: "Dilated
+Neighborhood Attention Transformer" (2209.15001); stride and causal masking: "Generalized
+Neighborhood Attention" (2504.16922). Per axis of length L, with kernel size k, stride s and
+dilation d, token i is position p = i // d of residue class g = i % d, a row of
+n = ceil((L - g) / d) tokens of its own, and attends, in its class only, to
+
+    leader = min((p // s) s + s // 2, n - 1),  start = clamp(leader - k // 2, 0, n - k)
+    start ... start + k - 1                                                    (not causal)
+    leader = min((p // s) s + s - 1, n - 1),  max(leader - k + 1, 0) ... p     (causal)
+
+and axes combine by AND. Cost: 2 N prod(k) head_dim multiply-adds for N tokens, instead of
+2 N^2 head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitarium.ops import dispatch
+from vitarium.ops.dispatch import Case, Implementation, Operator
+from vitarium.ops.mixer import Mixer
+
+NAME = "neighborhood_attention"
+NEGATIVE = -1e30  # finite: a row of a tile that holds no key of its own must not turn into NaN
+
+
+class Window(NamedTuple):
+    """The pattern along one axis: kernel size, stride, dilation, causal or not."""
+
+    kernel_size: int
+    stride: int
+    dilation: int
+    is_causal: bool
+
+
+def neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | tuple[int, ...],
+    *,
+    stride: int | tuple[int, ...] = 1,
+    dilation: int | tuple[int, ...] = 1,
+    is_causal: bool | tuple[bool, ...] = False,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of every token to its neighborhood, on 1-, 2- or 3-dimensional maps.
+
+    The window rule is NATTEN's, written out at the top of this file.
+
+    Args:
+        query: `(B, *spatial, num_heads, head_dim)`, spatial of rank 1, 2 or 3; any strides.
+        key: `(B, *spatial, num_heads_kv, head_dim)`; num_heads_kv divides num_heads, and query
+            head h reads key and value head `h // (num_heads // num_heads_kv)`.
+        value: `(B, *spatial, num_heads_kv, value_dim)`.
+        kernel_size: window length in tokens, one int or one per spatial dimension;
+            `kernel_size * dilation` may not exceed the map.
+        stride: queries in groups of `stride` share one window; at most kernel_size.
+        dilation: step between the neighbors of a window, in tokens.
+        is_causal: whether a token sees nothing after itself along that dimension.
+        bias: relative position bias `(num_heads, 2 * kernel_size - 1, ...)`, added to the scaled
+            scores at `key - query + kernel_size - 1` per dimension, in steps of dilation.
+        scale: factor on the scores; `head_dim ** -0.5` if None.
+        backend: "reference", "torch", "triton", "natten", or None to choose.
+
+    Returns:
+        `(B, *spatial, num_heads, value_dim)`, contiguous, in the dtype of query.
+
+    Raises:
+        ValueError: shapes, sizes or devices do not fit, or the named backend cannot run this.
+        TypeError: an argument is of the wrong type, or dtypes differ.
+    """
+    windows = _check(query, key, value, kernel_size, stride, dilation, is_causal, bias)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    elif not isinstance(scale, (int, float, torch.SymFloat)) or isinstance(scale, bool):
+        raise TypeError(f"{NAME}: scale must be a number or None, got {type(scale).__name__}")
+    query, key, value = dispatch.autocast(query, key, value)
+    args = (query, key, value, bias, windows, float(scale))
+    return dispatch.choose(NAME, backend, _IMPLEMENTATIONS, query.device, *args)(*args)
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Any,
+    stride: Any,
+    dilation: Any,
+    is_causal: Any,
+    bias: Tensor | None,
+) -> tuple[Window, ...]:
+    """The window of every axis; raises what `neighborhood_attention` says it raises."""
+    dispatch.check_tensors(NAME, query=query, key=key, value=value)
+    rank = query.dim() - 3
+    if rank not in (1, 2, 3):
+        raise ValueError(
+            f"{NAME}: query has shape {tuple(query.shape)}; allowed are 4 to 6 dimensions, "
+            "(B, *spatial, num_heads, head_dim) with 1 to 3 spatial dimensions"
+        )
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dim() != query.dim() or tensor.shape[:-2] != query.shape[:-2]:
+            raise ValueError(
+                f"{NAME}: {name} has shape {tuple(tensor.shape)}, query {tuple(query.shape)}; "
+                "batch and spatial dimensions must agree"
+            )
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"{NAME}: key has head_dim {key.shape[-1]}, query {query.shape[-1]}; they must agree"
+        )
+    if value.shape[-2] != key.shape[-2]:
+        raise ValueError(
+            f"{NAME}: value has {value.shape[-2]} heads, key {key.shape[-2]}; they must agree"
+        )
+    num_heads, num_heads_kv = query.shape[-2], key.shape[-2]
+    if num_heads_kv < 1 or num_heads % num_heads_kv:
+        raise ValueError(
+            f"{NAME}: key has {num_heads_kv} heads, which do not divide the query's {num_heads}"
+        )
+    for name, size in (("query", query.shape[-1]), ("value", value.shape[-1])):
+        if size < 1:
+            raise ValueError(f"{NAME}: {name} has head_dim {size}; allowed is at least 1")
+    windows = tuple(
+        Window(*entries)
+        for entries in zip(
+            dispatch.per_dimension(NAME, "kernel_size", kernel_size, rank),
+            dispatch.per_dimension(NAME, "stride", stride, rank),
+            dispatch.per_dimension(NAME, "dilation", dilation, rank),
+            dispatch.per_dimension(NAME, "is_causal", is_causal, rank, bool),
+        )
+    )
+    spatial = query.shape[1:-2]
+    for axis, length, window in zip("DHW"[-rank:], spatial, windows):
+        if window.stride > window.kernel_size:
+            raise ValueError(
+                f"{NAME}: stride={window.stride} along {axis} exceeds "
+                f"kernel_size={window.kernel_size}; allowed is at most the kernel size"
+            )
+        if window.kernel_size * window.dilation > length:
+            raise ValueError(
+                f"{NAME}: kernel_size={window.kernel_size} exceeds the feature map "
+                f"{tuple(spatial)} along {axis} at dilation {window.dilation}; allowed is "
+                "kernel_size * dilation <= length"
+            )
+    if bias is not None:
+        if not isinstance(bias, Tensor):
+            raise TypeError(f"{NAME}: bias must be a tensor or None, got {type(bias).__name__}")
+        if not bias.is_floating_point():
+            raise TypeError(f"{NAME}: bias must be floating-point, got {bias.dtype}")
+        if bias.device != query.device:
+            raise ValueError(f"{NAME}: bias is on {bias.device}, query on {query.device}")
+        expected = (num_heads, *(2 * w.kernel_size - 1 for w in windows))
+        if tuple(bias.shape) != expected:
+            raise ValueError(
+                f"{NAME}: bias has shape {tuple(bias.shape)}; allowed is {expected}, "
+                "(num_heads, 2 * kernel_size - 1, ...)"
+            )
+    return windows
+
+
+# --- the definition ------------------------------------------------------------------------------
+
+
+def _axis_pattern(length: int, window: Window, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which keys each query of an axis sees, and their offsets: two `(length, length)` tensors."""
+    k, s, d, causal = window
+    index = torch.arange(length, device=device)
+    group, position = index % d, index // d
+    n = (length - group + d - 1) // d
+    key = position[None, :]
+    if causal:
+        leader = torch.minimum(position // s * s + s - 1, n - 1)[:, None]
+        inside = (key <= position[:, None]) & (leader - key < k)
+    else:
+        leader = torch.minimum(position // s * s + s // 2, n - 1)
+        start = torch.minimum((leader - k // 2).clamp(min=0), n - k)[:, None]
+        inside = (key >= start) & (key < start + k)
+    inside = inside & (group[:, None] == group[None, :])
+    return inside, key - position[:, None]
+
+
+def _dense_pattern(
+    spatial: tuple[int, ...], windows: tuple[Window, ...], bias: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Mask `(N, N)` over flattened tokens, and the bias `(num_heads, N, N)` that belongs to it."""
+    rank, tokens = len(spatial), math.prod(spatial)
+    inside = torch.ones((), dtype=torch.bool, device=device)
+    table_index = []
+    for axis, (length, window) in enumerate(zip(spatial, windows)):
+        seen, offset = _axis_pattern(length, window, device)
+        shape = [1] * (2 * rank)
+        shape[axis] = shape[rank + axis] = length
+        inside = inside & seen.view(shape)
+        k = window.kernel_size
+        table_index.append((offset + k - 1).clamp(0, 2 * k - 2).view(shape))
+    inside = inside.reshape(tokens, tokens)
+    if bias is None:
+        return inside, None
+    return inside, bias[(slice(None), *table_index)].reshape(-1, tokens, tokens)
+
+
+def _attention_weights(
+    query: Tensor, key: Tensor, bias: Tensor | None, windows: tuple[Window, ...], scale: float
+) -> Tensor:
+    """Softmax weights of every token over every token, `(B, num_heads, N, N)`."""
+    spatial = tuple(query.shape[1:-2])
+    inside, dense_bias = _dense_pattern(spatial, windows, bias, query.device)
+    query = query.flatten(1, -3).transpose(1, 2)
+    key = key.flatten(1, -3).transpose(1, 2)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = query @ key.transpose(-1, -2) * scale
+    if dense_bias is not None:
+        scores = scores + dense_bias.to(scores.dtype)
+    return scores.masked_fill(~inside, -math.inf).softmax(-1)
+
+
+def _reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    windows: tuple[Window, ...],
+    scale: float,
+) -> Tensor:
+    weights = _attention_weights(query, key, bias, windows, scale)
+    value = value.flatten(1, -3).transpose(1, 2)
+    value = value.repeat_interleave(query.shape[-2] // value.shape[1], dim=1)
+    output = (weights @ value).transpose(1, 2)
+    return output.reshape(*query.shape[:-1], value.shape[-1])
+
+
+# --- the portable path ---------------------------------------------------------------------------
+
+
+def _torch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    windows: tuple[Window, ...],
+    scale: float,
+) -> Tensor:
+    return _reference(query, key, value, bias, windows, scale)
+
+
+# --- the custom operator -------------------------------------------------------------------------
+
+Ints = list[int]
+Bools = list[bool]
+
+
+@torch.library.custom_op("vitarium::neighborhood_attention", mutates_args=())
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    kernel_size: Ints,
+    stride: Ints,
+    dilation: Ints,
+    is_causal: Bools,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output `(B, *spatial, num_heads, value_dim)` and base-2 log-sum-exp `(B, *spatial, heads)`."""
+    from vitarium.ops.kernels import neighborhood as kernels
+
+    windows = tuple(map(Window, kernel_size, stride, dilation, is_causal))
+    return kernels.forward(query, key, value, bias, windows, scale)
+
+
+@_fused.register_fake
+def _(query, key, value, bias, kernel_size, stride, dilation, is_causal, scale):
+    output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    return output, query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("vitarium::neighborhood_attention_backward", mutates_args=())
+def _fused_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    logsumexp: Tensor,
+    kernel_size: Ints,
+    stride: Ints,
+    dilation: Ints,
+    is_causal: Bools,
+    scale: float,
+    bias_needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and bias (an empty tensor where bias needs none)."""
+    from vitarium.ops.kernels import neighborhood as kernels
+
+    windows = tuple(map(Window, kernel_size, stride, dilation, is_causal))
+    return kernels.backward(
+        grad, query, key, value, bias, output, logsumexp, windows, scale, bias_needs_grad
+    )
+
+
+@_fused_backward.register_fake
+def _(
+    grad, query, key, value, bias, output, logsumexp, kernel_size, stride, dilation, is_causal,
+    scale, bias_needs_grad,
+):  # fmt: skip
+    grad_bias = bias.new_empty(bias.shape) if bias_needs_grad else query.new_empty(0)
+    return (
+        query.new_empty(query.shape),
+        key.new_empty(key.shape),
+        value.new_empty(value.shape),
+        grad_bias,
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, bias, *ctx.pattern = inputs
+    ctx.save_for_backward(query, key, value, bias, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    query, key, value, bias, output, logsumexp = ctx.saved_tensors
+    bias_needs_grad = bias is not None and ctx.needs_input_grad[3]
+    *grads, grad_bias = _fused_backward(
+        grad, query, key, value, bias, output, logsumexp, *ctx.pattern, bias_needs_grad
+    )
+    return *grads, grad_bias if bias_needs_grad else None, *(None,) * len(ctx.pattern)
+
+
+_fused.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    windows: tuple[Window, ...],
+    scale: float,
+) -> Tensor:
+    return _fused(query, key, value, bias, *map(list, zip(*windows)), scale)[0]
+
+
+def _triton_refuses(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    windows: tuple[Window, ...],
+    scale: float,
+) -> str | None:
+    for name, size in (("head_dim", query.shape[-1]), ("value head_dim", value.shape[-1])):
+        if size > 256:
+            return f"{name} {size} exceeds 256"
+    return dispatch.triton_refuses(query)
+
+
+_IMPLEMENTATIONS = {
+    "reference": Implementation(_reference),
+    "torch": Implementation(_torch),
+    "triton": Implementation(_triton, _triton_refuses),
+}
+
+
+# --- the module ----------------------------------------------------------------------------------
+
+
+class NeighborhoodAttention(Mixer, name="neighborhood"):
+    """Neighborhood attention with its projections, as in NAT and DiNAT.
+
+    A map smaller than `kernel_size * dilation` is padded with zeros at the bottom and right,
+    before the projection, and cropped after: padded tokens are attended to, as in the official
+    code.
+
+    Args:
+        dim: number of channels C.
+        num_heads: number of heads; divides `dim`.
+        kernel_size, stride, dilation, is_causal: the window, an entry or one per dimension (H, W).
+        rel_pos_bias: learn the relative position bias `rpb`, `(num_heads, 2 * k - 1, 2 * k - 1)`.
+        qkv_bias: bias of the query, key and value projection.
+        qk_scale: factor on the scores; `head_dim ** -0.5` if None.
+        proj_drop: dropout rate after the output projection.
+
+    Raises:
+        ValueError: `num_heads` does not divide `dim`, or the window is impossible.
+    """
+
+    paper = "Neighborhood Attention Transformer (arXiv 2204.07143), dilated (2209.15001)"
+    operator = NAME
+    examples = (
+        {"dim": 32, "num_heads": 2, "kernel_size": 7},
+        {"dim": 32, "num_heads": 4, "kernel_size": 3, "dilation": 2, "rel_pos_bias": False},
+        {"dim": 48, "num_heads": 3, "kernel_size": (4, 5), "stride": (2, 1), "dilation": (1, 2)},
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        kernel_size: int | tuple[int, int] = 7,
+        stride: int | tuple[int, int] = 1,
+        dilation: int | tuple[int, int] = 1,
+        is_causal: bool | tuple[bool, bool] = False,
+        rel_pos_bias: bool = True,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"NeighborhoodAttention: num_heads={num_heads} must divide dim={dim}")
+        factory = {"device": device, "dtype": dtype}
+        owner = type(self).__name__
+        self.num_heads = num_heads
+        self.kernel_size = dispatch.per_dimension(owner, "kernel_size", kernel_size, 2)
+        self.stride = dispatch.per_dimension(owner, "stride", stride, 2)
+        self.dilation = dispatch.per_dimension(owner, "dilation", dilation, 2)
+        self.is_causal = dispatch.per_dimension(owner, "is_causal", is_causal, 2, bool)
+        for k, s in zip(self.kernel_size, self.stride):
+            if s > k:
+                raise ValueError(f"{owner}: stride={s} exceeds kernel_size={k}")
+        self.scale = qk_scale if qk_scale is not None else (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.proj = nn.Linear(dim, dim, **factory)
+        self.proj_drop = nn.Dropout(proj_drop)
+        if rel_pos_bias:
+            table = [2 * k - 1 for k in self.kernel_size]
+            self.rpb = nn.Parameter(torch.empty(num_heads, *table, **factory))
+            nn.init.trunc_normal_(self.rpb, std=0.02)
+        else:
+            self.register_parameter("rpb", None)
+
+    def _pattern(self, height: int, width: int) -> dict[str, Any]:
+        """The window and bias of a map of this size, as `neighborhood_attention` takes them."""
+        return {
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "dilation": self.dilation,
+            "is_causal": self.is_causal,
+            "bias": self.rpb,
+        }
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, `(B, H, W, num_heads, head_dim)` each."""
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        return query, key, value
+
+    def _pad(self, x: Tensor) -> Tensor:
+        """The map with zeros at the bottom and right, where it is smaller than the window."""
+        lack = [
+            max(0, k * d - length)
+            for k, d, length in zip(self.kernel_size, self.dilation, x.shape[1:3])
+        ]
+        return F.pad(x, (0, 0, 0, lack[1], 0, lack[0])) if any(lack) else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        x = self._pad(x)
+        output = neighborhood_attention(
+            *self._project(x), **self._pattern(*x.shape[1:3]), scale=self.scale
+        )
+        output = output[:, :height, :width].flatten(-2)
+        return self.proj_drop(self.proj(output))
+
+    @torch.no_grad()
+    def attention_map(self, x: Tensor, position: tuple[int, int]) -> Tensor:
+        height, width = x.shape[1:3]
+        row, column = position
+        if not (0 <= row < height and 0 <= column < width):
+            raise ValueError(f"position={position} is outside the map ({height}, {width})")
+        x = self._pad(x)
+        query, key, _ = self._project(x)
+        pattern = self._pattern(*x.shape[1:3])
+        bias = pattern.pop("bias")
+        windows = tuple(map(Window, *pattern.values()))
+        weights = _attention_weights(query, key, bias, windows, self.scale)
+        weights = weights[:, :, row * x.shape[2] + column]
+        return weights.unflatten(-1, x.shape[1:3])[:, :, :height, :width]
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"dilation={self.dilation}, is_causal={self.is_causal}"
+        )
+
+
+class GlobalAttention(NeighborhoodAttention, name="global"):
+    """Neighborhood attention whose window is the whole map: dense attention with relative bias.
+
+    The mixer of the ViT-rpb baselines of the DiNAT paper (2209.15001, section 4). The bias table
+    is learned for maps of `map_size`; smaller maps use its middle, larger ones an interpolation.
+
+    Args:
+        dim, num_heads, qkv_bias, qk_scale, proj_drop: as in `NeighborhoodAttention`.
+        map_size: map that the bias table is made for, an int or (H, W).
+    """
+
+    paper = "Dilated Neighborhood Attention Transformer (arXiv 2209.15001), ViT-rpb baseline"
+    examples = ({"dim": 32, "num_heads": 2, "map_size": 7},)
+
+    def __init__(
+        self, dim: int, *, num_heads: int, map_size: int | tuple[int, int], **kwargs: Any
+    ) -> None:
+        super().__init__(dim, num_heads=num_heads, kernel_size=map_size, **kwargs)
+
+    def _pad(self, x: Tensor) -> Tensor:
+        return x
+
+    def _pattern(self, height: int, width: int) -> dict[str, Any]:
+        bias = self.rpb
+        if bias is not None:
+            table = (2 * height - 1, 2 * width - 1)
+            larger = [max(new, old) for new, old in zip(table, bias.shape[1:])]
+            if larger != list(bias.shape[1:]):
+                bias = F.interpolate(bias[None], larger, mode="bicubic", align_corners=True)[0]
+            top, left = ((have - want) // 2 for have, want in zip(bias.shape[1:], table))
+            bias = bias[:, top : top + table[0], left : left + table[1]]
+        return {
+            "kernel_size": (height, width),
+            "stride": (1, 1),
+            "dilation": (1, 1),
+            "is_causal": (False, False),
+            "bias": bias,
+        }
+
+
+_SMALL = (2, 9, 11, 2, 16)
+
+CASES = (
+    Case(
+        "two-dimensional, ragged tiles",
+        {"query": _SMALL, "key": _SMALL, "value": _SMALL, "bias": (2, 13, 13)},
+        {"kernel_size": 7},
+    ),
+)
+
+OPERATOR = Operator(NAME, neighborhood_attention, _IMPLEMENTATIONS, CASES)

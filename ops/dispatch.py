@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 BACKENDS = ("reference", "torch", "triton", "natten")
 
@@ -97,6 +98,27 @@ def backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _forced = previous
+
+
+FLOP_FORMULAS: dict[str, Callable[..., int]] = {}
+
+
+def register_flops(custom_op: Any) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Decorator: the floating-point operations of one call of a custom operator.
+
+    The formula takes the operator's arguments, tensors replaced by their shapes, and `out_shape`,
+    and returns 2 x multiply-adds. It serves `torch.utils.flop_counter` and, through
+    `FLOP_FORMULAS` (by qualified name such as "vitarium::neighborhood_attention"), any other
+    counter.
+    """
+    packet = custom_op._opoverload.overloadpacket
+
+    def register(formula: Callable[..., int]) -> Callable[..., int]:
+        register_flop_formula(packet)(formula)
+        FLOP_FORMULAS[custom_op._qualname] = formula
+        return formula
+
+    return register
 
 
 def exporting() -> bool:

@@ -322,6 +322,43 @@ def _(
     )
 
 
+def _pairs(spatial: tuple[int, ...], windows: tuple[Window, ...]) -> int:
+    """Number of (query, key) pairs of one head of one image."""
+    pairs = 1
+    for length, (k, s, d, causal) in zip(spatial, windows):
+        if not causal:
+            pairs *= length * k
+            continue
+        seen = 0
+        for token in range(length):
+            position, n = token // d, -(-(length - token % d) // d)
+            leader = min(position // s * s + s - 1, n - 1)
+            seen += position + 1 - max(leader - k + 1, 0)
+        pairs *= seen
+    return pairs
+
+
+@dispatch.register_flops(_fused)
+def _flops(
+    query, key, value, bias, kernel_size, stride, dilation, is_causal, scale, *_, **__
+) -> int:  # fmt: skip
+    windows = tuple(map(Window, kernel_size, stride, dilation, is_causal))
+    batch, *spatial, num_heads, head_dim = query
+    return 2 * batch * num_heads * _pairs(tuple(spatial), windows) * (head_dim + value[-1])
+
+
+@dispatch.register_flops(_fused_backward)
+def _backward_flops(
+    grad, query, key, value, bias, output, logsumexp, kernel_size, stride, dilation, is_causal,
+    scale, *_, **__,
+) -> int:  # fmt: skip
+    """Three products over head_dim (scores again, query, key) and two over value_dim."""
+    windows = tuple(map(Window, kernel_size, stride, dilation, is_causal))
+    batch, *spatial, num_heads, head_dim = query
+    pairs = _pairs(tuple(spatial), windows)
+    return 2 * batch * num_heads * pairs * (3 * head_dim + 2 * value[-1])
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, bias, *ctx.pattern = inputs
     ctx.save_for_backward(query, key, value, bias, *output)

@@ -28,12 +28,14 @@ class Mixer(nn.Module):
         paper: title and arXiv number of the source.
         operator: name of the operator in `vitarium.ops.OPERATORS` that does the work.
         examples: constructor arguments that tests and tables try, each with a `dim`.
+        no_weight_decay: names of parameters that weight decay must leave alone (bias tables).
     """
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     operator: ClassVar[str] = ""
     examples: ClassVar[Sequence[Mapping[str, Any]]] = ()
+    no_weight_decay: ClassVar[Sequence[str]] = ()
 
     def __init_subclass__(cls, *, name: str, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -434,6 +434,7 @@ class NeighborhoodAttention(Mixer, name="neighborhood"):
 
     paper = "Neighborhood Attention Transformer (arXiv 2204.07143), dilated (2209.15001)"
     operator = NAME
+    no_weight_decay = ("rpb",)
     examples = (
         {"dim": 32, "num_heads": 2, "kernel_size": 7},
         {"dim": 32, "num_heads": 4, "kernel_size": 3, "dilation": 2, "rel_pos_bias": False},
@@ -476,9 +477,14 @@ class NeighborhoodAttention(Mixer, name="neighborhood"):
         if rel_pos_bias:
             table = [2 * k - 1 for k in self.kernel_size]
             self.rpb = nn.Parameter(torch.empty(num_heads, *table, **factory))
-            nn.init.trunc_normal_(self.rpb, std=0.02)
         else:
             self.register_parameter("rpb", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the bias table anew; the projections have their own `reset_parameters`."""
+        if self.rpb is not None:
+            nn.init.trunc_normal_(self.rpb, std=0.02)
 
     def _pattern(self, height: int, width: int) -> dict[str, Any]:
         """The window and bias of a map of this size, as `neighborhood_attention` takes them."""

@@ -255,7 +255,7 @@ def _torch(
 # --- the custom operator -------------------------------------------------------------------------
 
 Ints = list[int]
-Bools = list[bool]
+Bools = list[int]  # torch.jit.trace, which FLOP counters use, cannot trace a list of bool
 
 
 @torch.library.custom_op("vitarium::neighborhood_attention", mutates_args=())

@@ -16,6 +16,7 @@ and axes combine by AND. Cost: 2 N prod(k) head_dim multiply-adds for N tokens, 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from vitarium.ops import dispatch
 from vitarium.ops.dispatch import Case, Implementation, Operator
 from vitarium.ops.mixer import Mixer
+from vitarium.ops.tiles import Axis, attend, attend_backward, cut
 
 NAME = "neighborhood_attention"
 NEGATIVE = -1e30  # finite: a row of a tile that holds no key of its own must not turn into NaN
@@ -241,6 +243,35 @@ def _reference(
 # --- the portable path ---------------------------------------------------------------------------
 
 
+def _seen(position: int, n: int, window: Window) -> range:
+    """The keys that a query sees, in positions of a class of n tokens."""
+    k, s, _, causal = window
+    if causal:
+        leader = min(position // s * s + s - 1, n - 1)
+        return range(max(leader - k + 1, 0), position + 1)
+    leader = min(position // s * s + s // 2, n - 1)
+    start = min(max(leader - k // 2, 0), n - k)
+    return range(start, start + k)
+
+
+@functools.lru_cache(maxsize=256)
+def _axis(length: int, window: Window, tile: int) -> Axis:
+    """The tiles of one axis."""
+    d = window.dilation
+    ranges = []
+    for group in range(d):
+        n = -(-(length - group) // d)
+        ranges.append([_seen(position, n, window) for position in range(n)])
+    return cut(length, d, tile, ranges)
+
+
+def _axes(spatial: tuple[int, ...], windows: tuple[Window, ...]) -> tuple[Axis, ...]:
+    tiles = TILES[len(spatial)]
+    return tuple(_axis(*entries) for entries in zip(spatial, windows, tiles))
+
+TILES={1:(16,),2:(2,8),3:(2,2,4)}
+
+
 def _torch(
     query: Tensor,
     key: Tensor,
@@ -249,13 +280,83 @@ def _torch(
     windows: tuple[Window, ...],
     scale: float,
 ) -> Tensor:
-    return _reference(query, key, value, bias, windows, scale)
+    return _tiled(query, key, value, bias, *map(list, zip(*windows)), scale)
 
 
 # --- the custom operator -------------------------------------------------------------------------
 
 Ints = list[int]
 Bools = list[int]  # torch.jit.trace, which FLOP counters use, cannot trace a list of bool
+
+
+@torch.library.custom_op("vitarium::neighborhood_attention_tiled", mutates_args=())
+def _tiled(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    kernel_size: Ints,
+    stride: Ints,
+    dilation: Ints,
+    is_causal: Bools,
+    scale: float,
+) -> Tensor:
+    windows = tuple(map(Window, kernel_size, stride, dilation, is_causal))
+    return attend(query, key, value, bias, _axes(tuple(query.shape[1:-2]), windows), scale)
+
+
+@_tiled.register_fake
+def _(query, key, value, bias, kernel_size, stride, dilation, is_causal, scale):
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+@torch.library.custom_op("vitarium::neighborhood_attention_tiled_backward", mutates_args=())
+def _tiled_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    kernel_size: Ints,
+    stride: Ints,
+    dilation: Ints,
+    is_causal: Bools,
+    scale: float,
+    bias_needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    windows = tuple(map(Window, kernel_size, stride, dilation, is_causal))
+    axes = _axes(tuple(query.shape[1:-2]), windows)
+    return attend_backward(grad, query, key, value, bias, axes, scale, bias_needs_grad)
+
+
+@_tiled_backward.register_fake
+def _(
+    grad, query, key, value, bias, kernel_size, stride, dilation, is_causal, scale, bias_needs_grad
+):  # fmt: skip
+    grad_bias = bias.new_empty(bias.shape) if bias_needs_grad else query.new_empty(0)
+    return (
+        query.new_empty(query.shape),
+        key.new_empty(key.shape),
+        value.new_empty(value.shape),
+        grad_bias,
+    )
+
+
+def _tiled_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, value, bias, *ctx.pattern = inputs
+    ctx.save_for_backward(query, key, value, bias)
+
+
+def _tiled_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    query, key, value, bias = ctx.saved_tensors
+    bias_needs_grad = bias is not None and ctx.needs_input_grad[3]
+    *grads, grad_bias = _tiled_backward(
+        grad, query, key, value, bias, *ctx.pattern, bias_needs_grad
+    )
+    return *grads, grad_bias if bias_needs_grad else None, *(None,) * len(ctx.pattern)
+
+
+_tiled.register_autograd(_tiled_grad, setup_context=_tiled_context)
 
 
 @torch.library.custom_op("vitarium::neighborhood_attention", mutates_args=())

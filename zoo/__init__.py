@@ -1,0 +1,16 @@
+"""Backbones as timm models; importing this package registers them all with timm."""
+
+from vitarium.zoo import nat
+from vitarium.zoo.checkpoint import CheckpointReport, load_checkpoint
+from vitarium.zoo.pyramid import Pyramid
+from vitarium.zoo.registry import Published, list_models, published
+
+__all__ = [
+    "CheckpointReport",
+    "Published",
+    "Pyramid",
+    "list_models",
+    "load_checkpoint",
+    "nat",
+    "published",
+]

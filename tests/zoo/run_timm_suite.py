@@ -1,0 +1,106 @@
+"""Run timm's own model tests, of the installed timm version, on every backbone of this package.
+
+    python tests/zoo/run_timm_suite.py                          # all backbones
+    python tests/zoo/run_timm_suite.py nat_mini "dinat_s_*"     # those that match
+    python tests/zoo/run_timm_suite.py nat_mini -- -x -k fx     # what follows -- goes to pytest
+    python tests/zoo/run_timm_suite.py --sdist timm-1.0.31.tar.gz
+
+The tests are in timm's source distribution, which pip downloads (with `pdm-backend`, its build
+backend, into a temporary folder); `--sdist` names one that is there already. pytest needs
+`pytest-timeout`. Left out are tests that download weights and those of TorchScript,
+which PyTorch has deprecated and mixers do not support. The file is at the same time the pytest plugin that adds our models to timm's
+test matrix, including the tests of feature extraction and pruning, and deselects timm's models.
+"""
+
+import argparse
+import fnmatch
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+PATTERNS = "VITARIUM_TIMM_SUITE_MODELS"
+# timm selects the models of the feature tests by module; ours are tested as members of this one.
+HOST_MODULE = "swin_transformer"
+
+
+def pytest_configure(config) -> None:
+    from timm.models import _registry
+
+    import vitarium.zoo
+
+    _registry._module_to_models[HOST_MODULE].update(vitarium.zoo.list_models())
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    import vitarium.zoo
+
+    patterns = os.environ.get(PATTERNS, "*").split(",")
+    ours = {
+        name
+        for name in vitarium.zoo.list_models()
+        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    }
+
+    def is_ours(item) -> bool:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if "pretrained" in item.originalname or "torchscript" in item.originalname:
+            return False
+        return str(parameters.get("model_name", "")).split(".")[0] in ours
+
+    config.hook.pytest_deselected(items=[item for item in items if not is_ours(item)])
+    items[:] = [item for item in items if is_ours(item)]
+
+
+def download(folder: Path) -> Path:
+    """The source distribution of the installed timm, from the package index."""
+    import timm
+
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    backend = folder / "backend"
+    subprocess.run([*pip, "install", "-q", "--target", str(backend), "pdm-backend"], check=True)
+    subprocess.run(
+        [*pip, "download", "-q", f"timm=={timm.__version__}", "--no-deps", "--no-binary", ":all:",
+         "--no-build-isolation", "-d", str(folder)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(backend)},
+    )  # fmt: skip
+    return folder / f"timm-{timm.__version__}.tar.gz"
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="*", default=["*"], help="names or patterns of backbones")
+    parser.add_argument("--sdist", type=Path, help="timm's source distribution, if at hand")
+    options = parser.parse_args(arguments[:split])
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        with tarfile.open(options.sdist or download(folder)) as archive:
+            archive.extractall(folder / "sdist", filter="data")
+        (source,) = (folder / "sdist").iterdir()
+        # Away from timm's own package, which must not shadow the installed one.
+        suite = folder / "suite"
+        shutil.copytree(source / "tests", suite / "tests")
+        shutil.copy(source / "pyproject.toml", suite)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+                   "-p", Path(__file__).stem, "tests/test_models.py"]  # fmt: skip
+        search = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]
+        environment = {
+            **os.environ,
+            PATTERNS: ",".join(options.models),
+            "PYTHONPATH": os.pathsep.join(filter(None, search)),
+            "HF_HUB_OFFLINE": "1",
+        }
+        command += arguments[split + 1 :]
+        return subprocess.run(command, cwd=suite, env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

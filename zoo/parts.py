@@ -1,0 +1,89 @@
+"""Stems, downsamplers and blocks that families share. Maps are channels-last, `(B, H, W, C)`."""
+
+from timm.layers import DropPath, LayerScale, Mlp, PatchEmbed
+from torch import Tensor, nn
+
+
+class ConvStem(nn.Module):
+    """Overlapping stem: two 3x3 convolutions of stride 2 and a norm, `(B, C, H, W) -> NHWC`.
+
+    Hassani et al., "Neighborhood Attention Transformer" (arXiv 2204.07143), section 3.2.
+
+    Args:
+        in_chans: channels of the image.
+        dim: channels of the map; the first convolution has half of them.
+    """
+
+    def __init__(self, in_chans: int, dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(self.conv1(x))
+        return self.norm(x.permute(0, 2, 3, 1))
+
+
+class ConvDownsample(nn.Module):
+    """A 3x3 convolution of stride 2 without bias, then a norm (arXiv 2204.07143, section 3.2)."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim_in, dim_out, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.LayerNorm(dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x.permute(0, 3, 1, 2))
+        return self.norm(x.permute(0, 2, 3, 1))
+
+
+def patch_stem(in_chans: int, dim: int, patch_size: int = 4) -> PatchEmbed:
+    """Non-overlapping patches and a norm; images are padded right and bottom to whole patches."""
+    return PatchEmbed(
+        img_size=None,
+        patch_size=patch_size,
+        in_chans=in_chans,
+        embed_dim=dim,
+        norm_layer=nn.LayerNorm,
+        flatten=False,
+        output_fmt="NHWC",
+        dynamic_img_pad=True,
+    )
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: `x + mixer(norm(x))`, then `x + mlp(norm(x))`.
+
+    Args:
+        dim: channels.
+        mixer: a module `(B, H, W, dim) -> (B, H, W, dim)`.
+        mlp_ratio: width of the hidden layer over `dim`.
+        layer_scale: initial factor of both branches, learned per channel; None for no factor.
+        drop_path: rate of stochastic depth.
+        proj_drop: dropout rate in the feed-forward network.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        *,
+        mlp_ratio: float = 4.0,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.mixer = mixer
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path1(self.ls1(self.mixer(self.norm1(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

@@ -1,0 +1,99 @@
+"""Registration of backbones with timm, and what their papers publish about them."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+CheckpointFilter = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
+
+_PACKAGE = __name__.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a paper or its repository states of one checkpoint, rounded as stated there.
+
+    Attributes:
+        top1: ImageNet-1K validation accuracy in percent; None if not stated.
+        params_M: parameters in millions.
+        gflops: billions of multiply-adds of one image.
+        resolution: height and width of that image.
+    """
+
+    top1: float | None
+    params_M: float
+    gflops: float
+    resolution: int
+
+
+_PUBLISHED: dict[str, Published] = {}  # by "model.tag"
+
+
+def register_family(
+    module: str,
+    variants: Mapping[str, Callable[..., nn.Module]],
+    *,
+    default_cfgs: Mapping[str, Mapping[str, Any]],
+    published: Mapping[str, Published],
+    checkpoint_filter_fn: CheckpointFilter,
+    out_indices: Sequence[int] = (0, 1, 2, 3),
+) -> None:
+    """Register one timm entry point per variant of a family.
+
+    Args:
+        module: name of the module that defines the family; its last part is timm's module name.
+        variants: by registered name, what makes the model; an entry point's caller may override
+            any of its keyword arguments.
+        default_cfgs: timm's pretrained configurations, by "name.tag".
+        published: figures by "name.tag".
+        checkpoint_filter_fn: maps official state-dict keys to ours.
+        out_indices: stages that `features_only=True` returns unless told otherwise.
+    """
+    namespace = sys.modules[module]
+    namespace.default_cfgs = generate_default_cfgs({k: dict(v) for k, v in default_cfgs.items()})
+    _PUBLISHED.update(published)
+
+    def entry_point(name: str, build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+            return build_model_with_cfg(
+                build,
+                name,
+                pretrained,
+                pretrained_filter_fn=checkpoint_filter_fn,
+                feature_cfg={"out_indices": tuple(out_indices), "feature_cls": "getter"},
+                **kwargs,
+            )
+
+        create.__name__ = create.__qualname__ = name
+        create.__module__ = module
+        return create
+
+    for name, build in variants.items():
+        setattr(namespace, name, register_model(entry_point(name, build)))
+
+
+def list_models(pattern: str = "") -> list[str]:
+    """Names of the backbones of this package that timm knows; `pattern` as in timm.list_models."""
+    return [
+        name
+        for name in timm.list_models(pattern)
+        if timm.models.model_entrypoint(name).__module__.startswith(f"{_PACKAGE}.")
+    ]
+
+
+def published(model_name: str) -> Published | None:
+    """The published figures of "name" (its default checkpoint) or "name.tag"; None if none.
+
+    Raises:
+        ValueError: timm knows no such model or tag.
+    """
+    cfg = timm.get_pretrained_cfg(model_name) if timm.is_model(model_name) else None
+    if cfg is None:
+        raise ValueError(f"model {model_name!r} is unknown; vitarium.zoo.list_models() has ours")
+    tagged = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else cfg.architecture
+    return _PUBLISHED.get(tagged)

@@ -1,0 +1,143 @@
+"""Records as tables in the terminal."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from vitarium.benchmarks import record
+from vitarium.benchmarks.breakdown import PARTS
+from vitarium.benchmarks.record import Record
+
+
+def print_table(records: Sequence[Record], console: Console | None = None) -> None:
+    """Print records, models in one table and operators in another, with what all rows share."""
+    console = console or Console()
+    models = [r for r in records if r.kind == "model"]
+    operators = [r for r in records if r.kind == "operator"]
+    profiled = [r for r in models if r.parts]
+    for chosen, table in (
+        (models, model_table),
+        (profiled, parts_table),
+        (operators, operator_table),
+    ):
+        if chosen:
+            console.print(table(chosen))
+
+
+def where(records: Iterable[Record]) -> str:
+    """One line that says on what, by which clock and with which versions records were made."""
+    lines = dict.fromkeys(
+        f"{r.machine.processor}, {_plural(r.machine.threads, 'thread')}, {record.CLOCKS[r.clock]}, "
+        f"torch {r.versions.get('torch', '?')}, timm {r.versions.get('timm', '?')}, {r.date[:10]}"
+        for r in records
+    )
+    return "\n".join(lines)
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def model_table(records: Sequence[Record]) -> Table:
+    """Models side by side, one row per record."""
+    inputs = list(dict.fromkeys(_input(r) for r in records))
+    shared = inputs[0] if len(inputs) == 1 else ""
+    table = Table(
+        title=f"Forward pass in inference mode {shared}".rstrip(),
+        caption=f"{where(records)}\nGFLOPs: 1 multiply-add counts as 1, as in papers",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    table.add_column("model", overflow="fold")
+    if not shared:
+        table.add_column("input", no_wrap=True)
+    columns = "params\nM|GFLOPs\n|activ.\nM|latency\nms|p10-p90\nms|images/s\n|memory\nMiB"
+    for heading in columns.split("|"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for r in records:
+        table.add_row(
+            r.name,
+            *([] if shared else [_input(r)]),
+            _number(r.params, 1e6),
+            _number(r.macs, 1e9),
+            _number(r.activations, 1e6),
+            _number(r.median, 1e-3),
+            f"{_number(r.p10, 1e-3)}-{_number(r.p90, 1e-3)}",
+            _number(r.throughput, 1),
+            _number(r.peak_memory, 1 << 20),
+        )
+    return table
+
+
+def parts_table(records: Sequence[Record]) -> Table:
+    """Where the forward time goes: per cent by part of the model, one row per record."""
+    table = Table(
+        title="Share of forward time, %",
+        caption=where(records),
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+    )
+    table.add_column("model", overflow="fold")
+    for part in PARTS:
+        table.add_column(part.replace(" ", "\n"), justify="right")
+    for r in records:
+        table.add_row(r.name, *(f"{100 * r.parts[part]:.0f}" for part in PARTS))
+    return table
+
+
+def _input(r: Record) -> str:
+    notes = ["x".join(map(str, r.shapes["input"])), r.dtype]
+    notes += [] if r.implementation == "eager" else [r.implementation]
+    notes += ["channels-last"] if r.arguments.get("channels_last") else []
+    return " ".join(notes)
+
+
+def _number(value: float | None, unit: float) -> str:
+    """A value in units of `unit`, to three significant digits; empty if there is none."""
+    if value is None:
+        return ""
+    value /= unit
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def operator_table(records: Sequence[Record]) -> Table:
+    """Operators: a row per setting, a column per implementation: ms, and times the floor."""
+    settings: defaultdict[tuple[str, ...], dict[str, Record]] = defaultdict(dict)
+    for r in records:
+        settings[r.setting][r.implementation] = r
+    columns = dict.fromkeys(r.implementation for r in records)
+    table = Table(
+        title="Operators: median ms, and how many times the floor",
+        caption=where(records),
+        show_lines=True,
+    )
+    table.add_column("operator")
+    for implementation in columns:
+        table.add_column(implementation, justify="right")
+    for row in settings.values():
+        first = next(iter(row.values()))
+        floor = row.get("floor")
+        cells = []
+        for implementation in columns:
+            r = row.get(implementation)
+            if r is None:
+                cells.append("")
+            elif floor is None or r is floor:
+                cells.append(f"{r.median * 1e3:.3g}")
+            else:
+                cells.append(f"{r.median * 1e3:.3g}\n[bold]x{r.median / floor.median:.1f}[/bold]")
+        table.add_row(describe(first), *cells)
+    return table
+
+
+def describe(r: Record) -> str:
+    """An operator's setting in three short lines."""
+    shape = "x".join(map(str, next(iter(r.shapes.values()))))
+    arguments = ", ".join(f"{key} {value}" for key, value in r.arguments.items())
+    return f"{r.name}\n{shape}, {arguments}\n{r.dtype} {r.mode}"

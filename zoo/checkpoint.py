@@ -211,6 +211,8 @@ def _check_fit(
     message = f"{origin}: does not fit the model: " + "; ".join(problems[:8])
     if len(problems) > 8:
         message += f"; and {len(problems) - 8} more"
+    if len(missing) == len(own):
+        message += f". It has none of the model's names, but for example {unexpected[:3]}"
     if {*missing, *unexpected, *misshapen} <= set(classifiers):
         classes = {state_dict[k].shape[0] for k in classifiers if k in state_dict}
         create = [f"create the model with num_classes={n}, or " for n in classes]

@@ -2,7 +2,7 @@
 
 A family passes callables (stem, downsample, block) and, per stage, the token mixers as plain data.
 There are no boolean flags and no subclasses: what a family does differently is another class.
-Maps are channels-last, `(B, H, W, C)`, from the stem to the head, and may have any height and width.
+Maps are channels-last, `(B, H, W, C)`, from the stem to the head, of any height and width.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ class Stage(nn.Module):
 class Pyramid(nn.Module):
     """A stem, stages of blocks with a downsampler before all but the first, a norm and a head.
 
-    `stages` are what feature extraction sees: one feature map per stage, taken after its blocks.
-    An isotropic network is a pyramid whose stages are single blocks of one width.
+    Feature extraction sees one map per stage, taken after its blocks and before the next
+    downsampler. Images of any size go in; a stage of one pixel is the smallest map. An isotropic network is a pyramid whose stages are single blocks of one width.
 
     Args:
         stem: `stem(in_chans, dim)`, a module `(B, in_chans, H, W) -> (B, H', W', dim)`.

@@ -7,9 +7,11 @@
 
 The tests are in timm's source distribution, which pip downloads (with `pdm-backend`, its build
 backend, into a temporary folder); `--sdist` names one that is there already. pytest needs
-`pytest-timeout`. Left out are tests that download weights and those of TorchScript,
-which PyTorch has deprecated and mixers do not support. The file is at the same time the pytest plugin that adds our models to timm's
-test matrix, including the tests of feature extraction and pruning, and deselects timm's models.
+`pytest-timeout`. Left out are tests that download weights and those of TorchScript, which PyTorch
+has deprecated and mixers do not support.
+
+The file is at the same time the pytest plugin that adds our models to timm's test matrix,
+including the tests of feature extraction and pruning, and deselects timm's models.
 """
 
 import argparse

@@ -1,0 +1,339 @@
+"""Neighborhood attention, backward: three kernels, none with atomics, so runs are bit-equal.
+
+- `query_kernel`: one program per tile of queries, the forward's walk over keys.
+- `key_value_kernel`: one program per tile of keys; it walks over the queries that see the tile,
+  which `axis_inverse` finds, and over the query heads that share the key head.
+- `bias_kernel`: the gradient of the relative position bias sums the gradient of the scores over all
+  pairs of query and key with equal offset. One program takes the pairs of a tile of queries with
+  one tile of keys at a fixed place relative to it, for a part of all images and tiles: pair (m, n)
+  then has the same offset in every step, and the program adds up whole tiles. Adding its
+  sums along diagonals, in a fixed order, is left to the launcher.
+
+Weights are recomputed from the log-sum-exp of the forward (Dao et al., arXiv 2205.14135).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vitarium.ops.kernels.common import (
+    LOG2E,
+    axis_union,
+    class_lengths,
+    dot,
+    exists,
+    expand,
+    key_range,
+    load_rows,
+    load_tokens,
+    mask_scores,
+    positions,
+    query_range,
+    relative_bias,
+    split,
+    store_rows,
+    store_tokens,
+    windows,
+)
+
+UNALIGNED = ["lengths", "dilation", "tiles", "heads", "images", "parts"]
+
+
+@triton.jit
+def attention_weights(
+    a, b, bias, bias_strides, logsumexp, query, key, start, stop, scale,
+    K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Softmax weights of a tile; its scores are the product of `a` and `b`, queries and keys."""
+    scores = dot(a, b, None, PRECISION, UPCAST) * (scale * LOG2E)
+    if bias is not None:
+        scores += relative_bias(bias, bias_strides, query, key, start, stop, K) * LOG2E
+    return tl.exp2(mask_scores(scores, key, start, stop) - logsumexp)
+
+
+@triton.jit
+def load_queries(
+    query, grad_output, logsumexp, delta,
+    query_strides, grad_output_strides, logsumexp_strides,
+    batch, head, position, present, residue, dilation,
+    D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
+    LARGE: tl.constexpr,
+):  # fmt: skip
+    """What the gradient of the scores needs of a tile of queries; weights are 0 where absent."""
+    q = load_tokens(
+        query, query_strides, batch, head, position, present, residue, dilation,
+        D, BLOCK_D, LARGE,
+    )  # fmt: skip
+    grad = load_tokens(
+        grad_output, grad_output_strides, batch, head, position, present, residue, dilation,
+        VALUE_D, BLOCK_VALUE_D, LARGE,
+    )  # fmt: skip
+    row_logsumexp = load_rows(
+        logsumexp, logsumexp_strides, batch, head, position, present, residue, dilation,
+        float("inf"), LARGE,
+    )  # fmt: skip
+    row_delta = load_rows(
+        delta, logsumexp_strides, batch, head, position, present, residue, dilation, 0.0, LARGE
+    )
+    return q, grad, row_logsumexp, row_delta
+
+
+@triton.jit
+def load_keys(
+    key, value, key_strides, value_strides, batch, head, position, present, residue, dilation,
+    D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
+    LARGE: tl.constexpr,
+):  # fmt: skip
+    """The keys and values of a tile."""
+    k = load_tokens(
+        key, key_strides, batch, head, position, present, residue, dilation, D, BLOCK_D, LARGE
+    )
+    v = load_tokens(
+        value, value_strides, batch, head, position, present, residue, dilation,
+        VALUE_D, BLOCK_VALUE_D, LARGE,
+    )  # fmt: skip
+    return k, v
+
+
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
+def query_kernel(
+    query, key, value, bias, output, logsumexp, grad_output,
+    grad_query, delta,  # results; delta is the sum of grad_output * output over channels
+    query_strides, key_strides, value_strides, bias_strides, output_strides, logsumexp_strides,
+    grad_output_strides, grad_query_strides,
+    lengths, dilation, tiles, heads, scale,  # arguments as those of forward_kernel
+    GROUP: tl.constexpr, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr,
+    QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
+    D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
+):  # fmt: skip
+    BLOCK_M: tl.constexpr = QUERY_TILE[0] * QUERY_TILE[1] * QUERY_TILE[2]
+    BLOCK_N: tl.constexpr = KEY_TILE[0] * KEY_TILE[1] * KEY_TILE[2]
+    z, y, x, rest = split(tl.program_id(0), tiles)
+    origin = (z * QUERY_TILE[0], y * QUERY_TILE[1], x * QUERY_TILE[2])
+    z, y, x, rest = split(rest, dilation)
+    residue = (z, y, x)
+    n = class_lengths(lengths, residue, dilation)
+    if exists(origin, n):
+        head = rest % heads
+        batch = rest // heads
+        q_at = positions(origin, tl.arange(0, BLOCK_M), QUERY_TILE)
+        q_exists = exists(q_at, n)
+        start, stop = windows(q_at, n, K, S, CAUSAL)
+        o = load_tokens(
+            output, output_strides, batch, head, q_at, q_exists, residue, dilation,
+            VALUE_D, BLOCK_VALUE_D, LARGE,
+        )  # fmt: skip
+        grad = load_tokens(
+            grad_output, grad_output_strides, batch, head, q_at, q_exists, residue, dilation,
+            VALUE_D, BLOCK_VALUE_D, LARGE,
+        )  # fmt: skip
+        row_delta = tl.sum(o.to(tl.float32) * grad.to(tl.float32), 1)
+        store_rows(
+            delta, logsumexp_strides, batch, head, q_at, q_exists, residue, dilation,
+            row_delta, LARGE,
+        )  # fmt: skip
+        q = load_tokens(
+            query, query_strides, batch, head, q_at, q_exists, residue, dilation,
+            D, BLOCK_D, LARGE,
+        )  # fmt: skip
+        row_logsumexp = load_rows(
+            logsumexp, logsumexp_strides, batch, head, q_at, q_exists, residue, dilation,
+            float("inf"), LARGE,
+        )  # fmt: skip
+        if bias is not None:
+            bias += head * bias_strides[0]
+        accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        first, counts = key_range(origin, n, K, S, CAUSAL, QUERY_TILE, KEY_TILE)
+        for step in range(counts[0] * counts[1] * counts[2]):
+            z, y, x, _ = split(step, counts)
+            k_origin = (
+                first[0] + z * KEY_TILE[0],
+                first[1] + y * KEY_TILE[1],
+                first[2] + x * KEY_TILE[2],
+            )
+            k_at = positions(k_origin, tl.arange(0, BLOCK_N), KEY_TILE)
+            k, v = load_keys(
+                key, value, key_strides, value_strides, batch, head // GROUP,
+                k_at, exists(k_at, n), residue, dilation,
+                D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE,
+            )  # fmt: skip
+            weights = attention_weights(
+                q, tl.trans(k), bias, bias_strides, row_logsumexp[:, None],
+                expand(q_at, 1), expand(k_at, 0), expand(start, 1), expand(stop, 1), scale,
+                K, PRECISION, UPCAST,
+            )  # fmt: skip
+            grad_weights = dot(grad, tl.trans(v), None, PRECISION, UPCAST)
+            grad_scores = weights * (grad_weights - row_delta[:, None])
+            accumulator = dot(grad_scores.to(k.dtype), k, accumulator, PRECISION, UPCAST)
+        store_tokens(
+            grad_query, grad_query_strides, batch, head, q_at, q_exists, residue, dilation,
+            accumulator * scale, D, BLOCK_D, LARGE,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
+def key_value_kernel(
+    query, key, value, bias, logsumexp, delta, grad_output,
+    grad_key, grad_value,  # results
+    query_strides, key_strides, value_strides, bias_strides, logsumexp_strides,
+    grad_output_strides, grad_key_strides, grad_value_strides,
+    lengths, dilation,
+    tiles, heads,  # key tiles per axis, and key heads; the rest as in forward_kernel
+    scale,
+    GROUP: tl.constexpr, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr,
+    QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
+    D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
+):  # fmt: skip
+    BLOCK_M: tl.constexpr = QUERY_TILE[0] * QUERY_TILE[1] * QUERY_TILE[2]
+    BLOCK_N: tl.constexpr = KEY_TILE[0] * KEY_TILE[1] * KEY_TILE[2]
+    z, y, x, rest = split(tl.program_id(0), tiles)
+    origin = (z * KEY_TILE[0], y * KEY_TILE[1], x * KEY_TILE[2])
+    z, y, x, rest = split(rest, dilation)
+    residue = (z, y, x)
+    n = class_lengths(lengths, residue, dilation)
+    if exists(origin, n):
+        key_head = rest % heads
+        batch = rest // heads
+        k_at = positions(origin, tl.arange(0, BLOCK_N), KEY_TILE)
+        k_exists = exists(k_at, n)
+        k, v = load_keys(
+            key, value, key_strides, value_strides, batch, key_head,
+            k_at, k_exists, residue, dilation,
+            D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE,
+        )  # fmt: skip
+        k_accumulator = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        v_accumulator = tl.zeros([BLOCK_N, BLOCK_VALUE_D], tl.float32)
+        first, counts = query_range(origin, n, K, S, CAUSAL, QUERY_TILE, KEY_TILE)
+        for step in range(GROUP * counts[0] * counts[1] * counts[2]):
+            z, y, x, member = split(step, counts)
+            head = key_head * GROUP + member
+            q_origin = (
+                first[0] + z * QUERY_TILE[0],
+                first[1] + y * QUERY_TILE[1],
+                first[2] + x * QUERY_TILE[2],
+            )
+            q_at = positions(q_origin, tl.arange(0, BLOCK_M), QUERY_TILE)
+            start, stop = windows(q_at, n, K, S, CAUSAL)
+            q, grad, row_logsumexp, row_delta = load_queries(
+                query, grad_output, logsumexp, delta,
+                query_strides, grad_output_strides, logsumexp_strides,
+                batch, head, q_at, exists(q_at, n), residue, dilation,
+                D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE,
+            )  # fmt: skip
+            table = bias
+            if bias is not None:
+                table = bias + head * bias_strides[0]
+            # Transposed, keys are rows, so that both products below take the weights as they are.
+            weights = attention_weights(
+                k, tl.trans(q), table, bias_strides, row_logsumexp[None, :],
+                expand(q_at, 0), expand(k_at, 1), expand(start, 0), expand(stop, 0), scale,
+                K, PRECISION, UPCAST,
+            )  # fmt: skip
+            v_accumulator = dot(weights.to(grad.dtype), grad, v_accumulator, PRECISION, UPCAST)
+            grad_weights = dot(v, tl.trans(grad), None, PRECISION, UPCAST)
+            grad_scores = weights * (grad_weights - row_delta[None, :])
+            k_accumulator = dot(grad_scores.to(q.dtype), q, k_accumulator, PRECISION, UPCAST)
+        store_tokens(
+            grad_key, grad_key_strides, batch, key_head, k_at, k_exists, residue, dilation,
+            k_accumulator * scale, D, BLOCK_D, LARGE,
+        )  # fmt: skip
+        store_tokens(
+            grad_value, grad_value_strides, batch, key_head, k_at, k_exists, residue, dilation,
+            v_accumulator, VALUE_D, BLOCK_VALUE_D, LARGE,
+        )  # fmt: skip
+
+
+@triton.jit
+def tiles_in_reach(
+    shift, n, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr,
+    QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
+):  # fmt: skip
+    """First and number of the query tiles that see any of the KEY_TILE keys `shift` after them.
+
+    Stride makes the answer irregular, so it is looked for; tiles between may see none.
+    """
+    low = tl.cdiv(n, QUERY_TILE)
+    high = low * 0
+    for tile in range(tl.cdiv(n, QUERY_TILE)):
+        first = tile * QUERY_TILE
+        start, stop = axis_union(first, QUERY_TILE, n, K, S, CAUSAL)
+        seen = (start < first + shift + KEY_TILE) & (stop > first + shift)
+        low = tl.where(seen, tl.minimum(low, tile), low)
+        high = tl.where(seen, tile + 1, high)
+    return low, tl.maximum(high - low, 0)
+
+
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
+def bias_kernel(
+    query, key, value, bias, logsumexp, delta, grad_output,
+    partial_sums,  # result: (parts, heads, *KEY_TILES, *QUERY_TILE, *KEY_TILE), contiguous
+    query_strides, key_strides, value_strides, bias_strides, logsumexp_strides,
+    grad_output_strides,
+    lengths, dilation, heads, scale,  # arguments as those of forward_kernel
+    images, parts,
+    FIRST: tl.constexpr,  # first key of the first key tile minus first query, per axis
+    KEY_TILES: tl.constexpr,  # per axis
+    GROUP: tl.constexpr, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr,
+    QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
+    D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
+):  # fmt: skip
+    BLOCK_M: tl.constexpr = QUERY_TILE[0] * QUERY_TILE[1] * QUERY_TILE[2]
+    BLOCK_N: tl.constexpr = KEY_TILE[0] * KEY_TILE[1] * KEY_TILE[2]
+    program = tl.program_id(0)
+    z, y, x, rest = split(program, KEY_TILES)
+    shift = (
+        FIRST[0] + z * KEY_TILE[0],
+        FIRST[1] + y * KEY_TILE[1],
+        FIRST[2] + x * KEY_TILE[2],
+    )
+    head = rest % heads
+    part = rest // heads
+    bias += head * bias_strides[0]
+    accumulator = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for residue_class in range(dilation[0] * dilation[1] * dilation[2]):
+        z, y, x, _ = split(residue_class, dilation)
+        residue = (z, y, x)
+        n = class_lengths(lengths, residue, dilation)
+        z0, nz = tiles_in_reach(shift[0], n[0], K[0], S[0], CAUSAL[0], QUERY_TILE[0], KEY_TILE[0])
+        y0, ny = tiles_in_reach(shift[1], n[1], K[1], S[1], CAUSAL[1], QUERY_TILE[1], KEY_TILE[1])
+        x0, nx = tiles_in_reach(shift[2], n[2], K[2], S[2], CAUSAL[2], QUERY_TILE[2], KEY_TILE[2])
+        steps = images * nz * ny * nx
+        share = tl.cdiv(steps, parts)
+        for step in range(part * share, tl.minimum((part + 1) * share, steps)):
+            z, y, x, batch = split(step, (nz, ny, nx))
+            q_origin = (
+                (z0 + z) * QUERY_TILE[0],
+                (y0 + y) * QUERY_TILE[1],
+                (x0 + x) * QUERY_TILE[2],
+            )
+            k_origin = (q_origin[0] + shift[0], q_origin[1] + shift[1], q_origin[2] + shift[2])
+            q_at = positions(q_origin, tl.arange(0, BLOCK_M), QUERY_TILE)
+            k_at = positions(k_origin, tl.arange(0, BLOCK_N), KEY_TILE)
+            k_exists = exists(k_at, n) & (k_at[0] >= 0) & (k_at[1] >= 0) & (k_at[2] >= 0)
+            start, stop = windows(q_at, n, K, S, CAUSAL)
+            q, grad, row_logsumexp, row_delta = load_queries(
+                query, grad_output, logsumexp, delta,
+                query_strides, grad_output_strides, logsumexp_strides,
+                batch, head, q_at, exists(q_at, n), residue, dilation,
+                D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE,
+            )  # fmt: skip
+            k, v = load_keys(
+                key, value, key_strides, value_strides, batch, head // GROUP,
+                k_at, k_exists, residue, dilation,
+                D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE,
+            )  # fmt: skip
+            weights = attention_weights(
+                q, tl.trans(k), bias, bias_strides, row_logsumexp[:, None],
+                expand(q_at, 1), expand(k_at, 0), expand(start, 1), expand(stop, 1), scale,
+                K, PRECISION, UPCAST,
+            )  # fmt: skip
+            grad_weights = dot(grad, tl.trans(v), None, PRECISION, UPCAST)
+            accumulator += weights * (grad_weights - row_delta[:, None])
+    m = tl.arange(0, BLOCK_M)[:, None]
+    n_row = tl.arange(0, BLOCK_N)[None, :]
+    partial_sums += program.to(tl.int64) * (BLOCK_M * BLOCK_N)
+    tl.store(partial_sums + m * BLOCK_N + n_row, accumulator)

@@ -1,0 +1,115 @@
+"""Neighborhood attention, forward: one program computes one tile of queries of one head.
+
+The program walks over the tiles of keys that cover the union of its queries' windows, with an
+online softmax in base 2 (Milakov and Gimelshein, arXiv 1805.02867; Dao et al., 2205.14135). How
+many tiles that takes depends on the border and on the residue class, so it is counted at run time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vitarium.ops.kernels.common import (
+    LOG2E,
+    class_lengths,
+    dot,
+    exists,
+    expand,
+    key_range,
+    load_tokens,
+    mask_scores,
+    positions,
+    relative_bias,
+    split,
+    store_rows,
+    store_tokens,
+    windows,
+)
+
+
+@triton.jit(do_not_specialize_on_alignment=["lengths", "dilation", "tiles", "heads"])
+def forward_kernel(
+    query, key, value, bias,  # bias None: there is none
+    output, logsumexp,  # results
+    query_strides, key_strides, value_strides,  # (batch, z, y, x, head, channel)
+    bias_strides,  # (head, z, y, x)
+    output_strides, logsumexp_strides,
+    lengths, dilation,  # of the map, per axis
+    tiles,  # query tiles per axis in the largest residue class
+    heads, scale,  # scale is positive
+    GROUP: tl.constexpr,  # query heads per key head
+    K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr,  # the window, per axis
+    QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
+    D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
+):  # fmt: skip
+    BLOCK_M: tl.constexpr = QUERY_TILE[0] * QUERY_TILE[1] * QUERY_TILE[2]
+    BLOCK_N: tl.constexpr = KEY_TILE[0] * KEY_TILE[1] * KEY_TILE[2]
+    z, y, x, rest = split(tl.program_id(0), tiles)
+    origin = (z * QUERY_TILE[0], y * QUERY_TILE[1], x * QUERY_TILE[2])
+    z, y, x, rest = split(rest, dilation)
+    residue = (z, y, x)
+    n = class_lengths(lengths, residue, dilation)
+    if exists(origin, n):
+        head = rest % heads
+        batch = rest // heads
+        q_at = positions(origin, tl.arange(0, BLOCK_M), QUERY_TILE)
+        q_exists = exists(q_at, n)
+        start, stop = windows(q_at, n, K, S, CAUSAL)
+        q_column = expand(q_at, 1)
+        start = expand(start, 1)
+        stop = expand(stop, 1)
+        q = load_tokens(
+            query, query_strides, batch, head, q_at, q_exists, residue, dilation,
+            D, BLOCK_D, LARGE,
+        )  # fmt: skip
+        # With a bias the scores are scaled before it is added; without one the scaling waits for
+        # the exponential, where it is one fused multiply-add per score.
+        before = scale * LOG2E
+        after = before
+        if bias is not None:
+            bias += head * bias_strides[0]
+            after = 1.0
+        maximum = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: no inf - inf in an empty tile
+        total = tl.zeros([BLOCK_M], tl.float32)
+        accumulator = tl.zeros([BLOCK_M, BLOCK_VALUE_D], tl.float32)
+        first, counts = key_range(origin, n, K, S, CAUSAL, QUERY_TILE, KEY_TILE)
+        for step in range(counts[0] * counts[1] * counts[2]):
+            z, y, x, _ = split(step, counts)
+            k_origin = (
+                first[0] + z * KEY_TILE[0],
+                first[1] + y * KEY_TILE[1],
+                first[2] + x * KEY_TILE[2],
+            )
+            k_at = positions(k_origin, tl.arange(0, BLOCK_N), KEY_TILE)
+            k_exists = exists(k_at, n)
+            k_row = expand(k_at, 0)
+            k = load_tokens(
+                key, key_strides, batch, head // GROUP, k_at, k_exists, residue, dilation,
+                D, BLOCK_D, LARGE,
+            )  # fmt: skip
+            v = load_tokens(
+                value, value_strides, batch, head // GROUP, k_at, k_exists, residue, dilation,
+                VALUE_D, BLOCK_VALUE_D, LARGE,
+            )  # fmt: skip
+            scores = dot(q, tl.trans(k), None, PRECISION, UPCAST)
+            if bias is not None:
+                entries = relative_bias(bias, bias_strides, q_column, k_row, start, stop, K)
+                scores = scores * before + entries * LOG2E
+            scores = mask_scores(scores, k_row, start, stop)
+            new_maximum = tl.maximum(maximum, tl.max(scores, 1) * after)
+            weights = tl.exp2(scores * after - new_maximum[:, None])
+            decay = tl.exp2(maximum - new_maximum)
+            total = total * decay + tl.sum(weights, 1)
+            accumulator = accumulator * decay[:, None]
+            accumulator = dot(weights.to(v.dtype), v, accumulator, PRECISION, UPCAST)
+            maximum = new_maximum
+        store_tokens(
+            output, output_strides, batch, head, q_at, q_exists, residue, dilation,
+            accumulator / total[:, None], VALUE_D, BLOCK_VALUE_D, LARGE,
+        )  # fmt: skip
+        store_rows(
+            logsumexp, logsumexp_strides, batch, head, q_at, q_exists, residue, dilation,
+            maximum + tl.log2(total), LARGE,
+        )  # fmt: skip

@@ -1,0 +1,119 @@
+"""Launch parameters of the neighborhood attention kernels; asking for them needs no Triton.
+
+A tile is a patch of the map, so that the union of its queries' windows stays small. Its number of
+tokens is chosen by kernel, head_dim and element size; its shape by the number of dimensions and,
+for maps whose residue classes are at most 8 wide, to waste less of the last axis. The choices are
+read off ahead-of-time compilation (`sheet.py`): no register spills and shared memory within the
+limit on compute capability 8.0, 9.0 and 10.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+KERNELS = ("forward", "query", "key_value", "bias")
+
+# Number of tokens -> shape of the tile, by number of spatial dimensions.
+_SQUARE = {
+    1: {16: (16,), 32: (32,), 64: (64,)},
+    2: {16: (4, 4), 32: (4, 8), 64: (8, 8)},
+    3: {16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4)},
+}
+# Walked along rows, a long tile covers the ragged union of windows with fewer tokens.
+_LONG = {**_SQUARE, 2: {16: (1, 16), 32: (2, 16), 64: (4, 16)}}
+
+# (kernel, element size) -> by padded head_dim: (queries, keys, num_warps, num_stages).
+_SIZES = {
+    ("forward", 2): {
+        32: (32, 32, 1, 2),
+        64: (64, 32, 4, 2),
+        128: (64, 32, 4, 2),
+        256: (64, 32, 8, 2),
+    },
+    ("forward", 4): {
+        32: (32, 32, 4, 2),
+        64: (32, 32, 4, 2),
+        128: (32, 32, 4, 2),
+        256: (32, 16, 8, 1),
+    },
+    ("query", 2): {
+        32: (64, 32, 4, 2),
+        64: (64, 32, 4, 2),
+        128: (64, 32, 8, 2),
+        256: (32, 32, 8, 1),
+    },
+    ("query", 4): {
+        32: (32, 32, 4, 2),
+        64: (32, 32, 4, 2),
+        128: (32, 32, 8, 1),
+        256: (16, 16, 8, 1),
+    },
+    ("key_value", 2): {
+        32: (32, 64, 4, 2),
+        64: (32, 64, 4, 2),
+        128: (32, 64, 8, 2),
+        256: (32, 32, 8, 1),
+    },
+    ("key_value", 4): {
+        32: (32, 32, 4, 2),
+        64: (32, 32, 4, 2),
+        128: (16, 32, 8, 1),
+        256: (16, 16, 8, 1),
+    },
+    ("bias", 2): {
+        32: (64, 64, 4, 2),
+        64: (64, 64, 4, 2),
+        128: (32, 32, 4, 1),
+        256: (32, 32, 8, 1),
+    },
+    ("bias", 4): {
+        32: (32, 32, 4, 1),
+        64: (32, 32, 4, 1),
+        128: (32, 32, 8, 1),
+        256: (16, 16, 8, 1),
+    },
+}
+HEAD_DIMS = (32, 64, 128, 256)  # padded: the rows of the table
+NARROW = 8
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Shapes of the query and key tiles, an entry per spatial dimension, and launch options."""
+
+    query: tuple[int, ...]
+    key: tuple[int, ...]
+    num_warps: int
+    num_stages: int
+
+
+def tiles(
+    rank: int,
+    head_dim: int,
+    windows: Sequence[tuple[int, int, int, bool]],
+    *,
+    kernel: str = "forward",
+    element_size: int = 2,
+    lengths: Sequence[int] | None = None,
+) -> TileConfig:
+    """The launch parameters of one kernel.
+
+    Args:
+        rank: number of spatial dimensions, 1 to 3.
+        head_dim: the larger of the widths of query and value heads, 1 to 256.
+        windows: (kernel_size, stride, dilation, is_causal) per spatial dimension.
+        kernel: one of `KERNELS`.
+        element_size: bytes of an element of query, 2 or 4.
+        lengths: the map's size; None means large.
+    """
+    sizes = _SIZES[kernel, element_size]
+    queries, keys, num_warps, num_stages = sizes[min(d for d in HEAD_DIMS if d >= head_dim)]
+    dilation = windows[-1][2]
+    narrow = lengths is not None and -(-lengths[-1] // dilation) <= NARROW
+    walked = _SQUARE if narrow or kernel == "bias" else _LONG
+    if kernel == "key_value":
+        query, key = walked[rank][queries], _SQUARE[rank][keys]
+    else:
+        query, key = _SQUARE[rank][queries], walked[rank][keys]
+    return TileConfig(query, key, num_warps, num_stages)

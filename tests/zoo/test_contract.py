@@ -1,0 +1,300 @@
+"""Every family keeps timm's model contract. (run_timm_suite.py runs timm's own tests.)"""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+from timm.models import create_model
+from timm.models._features_fx import FeatureGraphNet
+from timm.optim import param_groups_weight_decay
+from torch import nn
+
+import vitarium.zoo
+
+FAMILIES = ["nat_mini", "dinat_s_tiny", "dinat_isotropic_small", "vitrpb_small"]
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Per family one small model, for tests that leave it as it is."""
+    torch.manual_seed(0)
+    return {name: create_model(name, **_shallow(name)).eval() for name in FAMILIES}
+
+
+def _shallow(name: str) -> dict:
+    """Fewer blocks, of the registered widths: the contract does not depend on the depth."""
+    if name in ("dinat_isotropic_small", "vitrpb_small"):
+        return {"depth": 3}
+    return {"depths": (2, 1, 2, 1)}
+
+
+def _images(*size: int, channels: int = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, channels, *(size or (64, 64)), generator=generator)
+
+
+# --- construction --------------------------------------------------------------------------------
+
+
+@every_family
+def test_an_unknown_argument_is_refused(name):
+    with pytest.raises(TypeError, match="not_an_argument"):
+        create_model(name, not_an_argument=1)
+
+
+@every_family
+def test_parameters_are_made_where_and_as_asked(name):
+    model = create_model(name, device="meta", dtype=torch.bfloat16, **_shallow(name))
+    tensors = [*model.parameters(), *model.buffers()]
+    assert {t.device.type for t in tensors} == {"meta"}
+    assert {t.dtype for t in tensors} == {torch.bfloat16}
+
+
+@every_family
+def test_weights_of_a_meta_model_can_be_drawn_later(name):
+    torch.manual_seed(0)
+    model = create_model(name, device="meta", **_shallow(name)).to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, math.nan)
+    model.init_weights()
+    assert not [n for n, p in model.named_parameters() if not p.isfinite().all()]
+    assert model.head.fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@every_family
+def test_rates_reach_their_layers(name):
+    model = create_model(
+        name, drop_rate=0.1, proj_drop_rate=0.2, drop_path_rate=0.3, **_shallow(name)
+    )
+    blocks = [block for stage in model.stages for block in stage.blocks]
+    assert model.head.drop.p == 0.1
+    assert {block.mixer.proj_drop.p for block in blocks} == {0.2}
+    assert {block.mlp.drop1.p for block in blocks} == {0.2}
+    assert isinstance(blocks[0].drop_path1, nn.Identity)
+    rates = [block.drop_path1.drop_prob for block in blocks[1:]]
+    assert rates == pytest.approx([0.3 * i / (len(blocks) - 1) for i in range(1, len(blocks))])
+
+
+@every_family
+def test_images_may_have_other_channels(name):
+    model = create_model(name, in_chans=1, **_shallow(name)).eval()
+    assert model.in_chans == 1
+    assert model(_images(channels=1)).shape == (2, 1000)
+
+
+# --- forward -------------------------------------------------------------------------------------
+
+
+@every_family
+@pytest.mark.parametrize("size", [(225, 193), (32, 32), (7, 40)])
+@torch.no_grad()
+def test_images_may_have_any_size(name, size, models):
+    model = models[name]
+    images = _images(*size)
+    logits = model(images)
+    assert logits.shape == (2, 1000)
+    assert logits.isfinite().all()
+    taps = model.forward_intermediates(images, intermediates_only=True)
+    for tap, info in zip(taps, model.feature_info):
+        reduction = info["reduction"]
+        assert tap.shape == (2, info["num_chs"], *(math.ceil(s / reduction) for s in size))
+
+
+@every_family
+@torch.no_grad()
+def test_channels_last_changes_nothing(name, models):
+    model = copy.deepcopy(models[name]).to(memory_format=torch.channels_last)
+    images = _images(65, 47)
+    logits = model(images.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(logits, models[name](images))
+
+
+@every_family
+@torch.no_grad()
+def test_bfloat16_is_close_to_float32(name, models):
+    logits = copy.deepcopy(models[name]).to(torch.bfloat16)(_images().bfloat16())
+    assert logits.dtype == torch.bfloat16
+    want = models[name](_images())
+    assert (logits - want).abs().max() < 0.1 * want.std()
+
+
+@every_family
+@torch.no_grad()
+def test_compiles_to_one_graph(name, models):
+    torch._dynamo.reset()
+    compiled = torch.compile(models[name], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(_images()), models[name](_images()))
+
+
+@every_family
+@torch.no_grad()
+def test_exports_with_a_fixed_and_a_free_batch(name, models):
+    model, images = models[name], _images()
+    torch.testing.assert_close(torch.export.export(model, (images,)).module()(images), model(images))
+    free = torch.export.export(
+        model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},)
+    )
+    three = torch.cat([images, images[:1]])
+    torch.testing.assert_close(free.module()(three), model(three))
+
+
+@every_family
+@torch.no_grad()
+def test_fx_gives_equal_features(name, models):
+    graph = FeatureGraphNet(copy.deepcopy(models[name]), out_indices=(0, 1, 2)).eval()
+    want = models[name].forward_intermediates(
+        _images(), [0, 1, 2], output_fmt="NHWC", intermediates_only=True
+    )
+    for have, expected in zip(graph(_images()), want):
+        assert torch.equal(have, expected)
+
+
+@every_family
+def test_checkpointing_keeps_outputs_and_gradients(name, models):
+    results = []
+    for enable in (False, True):
+        model = copy.deepcopy(models[name]).train()
+        for module in model.modules():
+            if hasattr(module, "drop_prob"):
+                module.drop_prob = 0.0
+        model.set_grad_checkpointing(enable)
+        logits = model(_images())
+        logits.square().sum().backward()
+        results.append([logits, *(p.grad for p in model.parameters())])
+    assert all(grad is not None for grad in results[0])
+    torch.testing.assert_close(results[0], results[1])
+
+
+# --- head ----------------------------------------------------------------------------------------
+
+
+@every_family
+def test_a_new_classifier_keeps_pooling_dtype_and_mode(name, models):
+    model = copy.deepcopy(models[name]).to(torch.float64).eval().requires_grad_(False)
+    model.reset_classifier(7, "max")
+    assert model.head.global_pool.pool_type == "max"
+    model.reset_classifier(5)
+    assert (model.num_classes, model.head.global_pool.pool_type) == (5, "max")
+    assert model.get_classifier() is model.head.fc
+    assert model.head.fc.weight.dtype == torch.float64
+    assert not any(module.training for module in model.modules())
+    assert model(_images().double()).shape == (2, 5)
+    model.reset_classifier(0)
+    assert not [n for n, p in model.named_parameters() if p.requires_grad]
+
+
+@every_family
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax"])
+@torch.no_grad()
+def test_pooled_features(name, pool, models):
+    model = copy.deepcopy(models[name])
+    model.reset_classifier(3, pool)
+    features = model.forward_head(model.forward_features(_images()), pre_logits=True)
+    assert features.shape == (2, model.head_hidden_size)
+    assert model(_images()).shape == (2, 3)
+    model.reset_classifier(0)
+    assert torch.equal(model(_images()), features)
+
+
+@every_family
+@torch.no_grad()
+def test_without_classes_and_pooling_the_map_comes_out(name, models):
+    model = create_model(name, num_classes=0, global_pool="", **_shallow(name)).eval()
+    model.load_state_dict({k: v for k, v in models[name].state_dict().items() if "head" not in k})
+    assert model.num_classes == 0
+    assert torch.equal(model(_images()), models[name].forward_features(_images()))
+
+
+# --- features ------------------------------------------------------------------------------------
+
+
+@every_family
+@torch.no_grad()
+def test_intermediates(name, models):
+    model, images = models[name], _images(65, 63)
+    final, taps = model.forward_intermediates(images)
+    assert torch.equal(final, model.forward_features(images))
+    assert len(taps) == len(model.feature_info)
+    nhwc = model.forward_intermediates(images, output_fmt="NHWC", intermediates_only=True)
+    assert all(torch.equal(a.permute(0, 2, 3, 1), b) for a, b in zip(taps, nhwc))
+    early_final, (first,) = model.forward_intermediates(images, [0], stop_early=True)
+    assert torch.equal(first, taps[0])
+    assert torch.equal(early_final, nhwc[0])
+    (normed,) = model.forward_intermediates(images, 1, norm=True, intermediates_only=True)
+    assert torch.equal(normed, final.permute(0, 3, 1, 2))
+    with pytest.raises(ValueError, match="output_fmt='NLC'"):
+        model.forward_intermediates(images, output_fmt="NLC")
+
+
+@every_family
+@torch.no_grad()
+def test_features_only_gives_every_stage(name, models):
+    images = _images()
+    taps = models[name].forward_intermediates(images, intermediates_only=True)
+    count = len(taps)
+    for indices in [tuple(range(count)), *((i,) for i in range(-count, count))]:
+        model = create_model(name, features_only=True, out_indices=indices, **_shallow(name))
+        model.model.load_state_dict(
+            {k: v for k, v in models[name].state_dict().items() if k in model.model.state_dict()}
+        )
+        features = model.eval()(images)
+        assert [f.shape[1] for f in features] == model.feature_info.channels()
+        assert [64 // f.shape[2] for f in features] == model.feature_info.reduction()
+        assert all(torch.equal(f, taps[i]) for f, i in zip(features, indices, strict=True))
+
+
+@every_family
+def test_pruned_models_keep_what_their_stages_need(name, models):
+    with torch.no_grad():
+        taps = models[name].forward_intermediates(_images(), intermediates_only=True)
+    last = len(taps) - 1
+    for i, tap in enumerate(taps):
+        model = copy.deepcopy(models[name])
+        assert model.prune_intermediate_layers([i], prune_norm=True) == [i]
+        assert model.num_features == model.head_hidden_size == tap.shape[1]
+        features = model.forward_features(_images())
+        assert torch.equal(features.permute(0, 3, 1, 2), tap)
+        features.sum().backward()
+        assert not [n for n, p in model.named_parameters() if p.grad is None]
+    model = copy.deepcopy(models[name])
+    model.prune_intermediate_layers([last], prune_head=False)
+    assert torch.equal(model(_images()), models[name](_images()))
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+@every_family
+def test_bias_tables_are_not_decayed(name, models):
+    model = models[name]
+    tables = {n for n, _ in model.named_parameters() if n.endswith(".rpb")}
+    assert model.no_weight_decay() == tables
+    assert len(tables) == sum(len(stage.blocks) for stage in model.stages)
+    groups = param_groups_weight_decay(
+        model, 0.05, no_weight_decay_list=model.no_weight_decay()
+    )
+    (free,) = (group["params"] for group in groups if group["weight_decay"] == 0)
+    free = {id(parameter) for parameter in free}
+    assert all(id(p) in free for n, p in model.named_parameters() if n in tables or p.ndim == 1)
+
+
+@every_family
+def test_parameters_form_groups_by_depth(name, models):
+    for coarse in (False, True):
+        groups = timm.models.group_parameters(
+            models[name], models[name].group_matcher(coarse), reverse=True
+        )
+        assert set(groups) == {n for n, _ in models[name].named_parameters()}
+        assert groups["head.fc.weight"] > groups["stages.2.blocks.0.mixer.qkv.weight"]
+        assert groups["stages.2.blocks.0.mixer.qkv.weight"] > groups["stages.0.blocks.0.mixer.rpb"]
+        assert groups["stages.0.blocks.0.mixer.rpb"] > groups["stem.norm.weight"]
+
+
+def test_every_model_is_registered_once():
+    names = vitarium.zoo.list_models()
+    assert len(names) == len(set(names)) == 25
+    assert vitarium.zoo.list_models("dinat_s_*") == sorted(n for n in names if "dinat_s_" in n)
+    assert all(timm.models.get_pretrained_cfg(n).license == "mit" for n in names)

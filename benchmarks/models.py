@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import vitarium.zoo  # noqa: F401  (registers our models with timm)
 from vitarium.benchmarks import breakdown, flops, memory, record, timer
+from vitarium.benchmarks.arguments import DTYPES, device_named, known
 from vitarium.benchmarks.record import Record
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest difference, in standard deviations of the output, between two runs of the same model,
 # and between a float32 model as measured (compiled, channels-last) and as built.
 TOLERANCE = 1e-2
@@ -71,7 +71,7 @@ def bench_models(
         RuntimeError: a model's output failed the check; nothing was timed.
     """
     _check(names, dtype, compile, profile)
-    target = _device(device)
+    target = device_named(device)
     for name in names:
         flops.check_name(name)
     with timer.torch_threads(threads), torch.random.fork_rng():
@@ -134,29 +134,9 @@ class _Prepared:
 def _check(names: Sequence[str], dtype: str, compile: bool, profile: bool) -> None:
     if isinstance(names, str) or not names:
         raise ValueError(f"names={names!r} must be a sequence of at least one model name")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is unknown; allowed are {', '.join(DTYPES)}")
+    known("dtype", [dtype], DTYPES)
     if compile and profile:
         raise ValueError("profile=True needs compile=False: parts are told apart by hooks")
-
-
-def _device(name: str | None) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        ValueError: it is neither the CPU nor a CUDA device, or is not there.
-    """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device={name!r} is unknown; allowed are cpu and cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={name!r} cannot be timed; allowed are cpu and cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={name!r}: torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def _prepare(

@@ -115,29 +115,37 @@ def operator_table(records: Sequence[Record]) -> Table:
     table = Table(
         title="Operators: median ms, and how many times the floor",
         caption=where(records),
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
         show_lines=True,
     )
-    table.add_column("operator")
+    table.add_column("setting", overflow="fold")
     for implementation in columns:
-        table.add_column(implementation, justify="right")
+        table.add_column(implementation, justify="right", no_wrap=True)
+    operator = ""
     for row in settings.values():
         first = next(iter(row.values()))
+        if first.name != operator:
+            operator = first.name
+            table.add_row(f"[bold]{operator}[/bold]")
         floor = row.get("floor")
-        cells = []
-        for implementation in columns:
-            r = row.get(implementation)
-            if r is None:
-                cells.append("")
-            elif floor is None or r is floor:
-                cells.append(f"{r.median * 1e3:.3g}")
-            else:
-                cells.append(f"{r.median * 1e3:.3g}\n[bold]x{r.median / floor.median:.1f}[/bold]")
+        cells = (_times_floor(row.get(implementation), floor) for implementation in columns)
         table.add_row(describe(first), *cells)
     return table
 
 
+def _times_floor(r: Record | None, floor: Record | None) -> str:
+    if r is None:
+        return ""
+    time = f"{r.median * 1e3:.3g}"
+    if floor is None or r is floor:
+        return time
+    return f"{time}\n[bold]x{r.median / floor.median:.1f}[/bold]"
+
+
 def describe(r: Record) -> str:
-    """An operator's setting in three short lines."""
+    """An operator's setting in two short lines."""
     shape = "x".join(map(str, next(iter(r.shapes.values()))))
     arguments = ", ".join(f"{key} {value}" for key, value in r.arguments.items())
-    return f"{r.name}\n{shape}, {arguments}\n{r.dtype} {r.mode}"
+    return f"{shape} {r.dtype} {r.mode}\n{arguments}"

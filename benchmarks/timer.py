@@ -24,6 +24,7 @@ STEADY_RUNS = 3  # warm-up ends when so many runs in a row are no longer faster 
 STEADY_GAIN = 0.03  # ... by more than this share of it
 WARM_UP_SECONDS = 5.0  # per candidate, if it never gets steady
 SAMPLE_SECONDS = 1e-3  # a CPU sample lasts at least so long: short calls are repeated within it
+SETTLE_SECONDS = 0.1  # a CPU sample of a call faster than this follows a call that is not timed
 L2_FLUSH_BYTES = 256 << 20  # larger than any second-level cache
 
 
@@ -84,10 +85,13 @@ def interleave(
             return _interleave_cuda(
                 candidates, min_rounds, max_rounds, seconds, flush_cache, cuda_graphs
             )
-    repeats = {name: _warm_up(run, _synchronize_nothing) for name, run in candidates.items()}
+    fastest = {name: _warm_up(run, lambda: None) for name, run in candidates.items()}
 
     def sample(name: str) -> dict[str, float]:
-        run, repeat = candidates[name], repeats[name]
+        run = candidates[name]
+        if fastest[name] < SETTLE_SECONDS:
+            run()  # a short call would pay for what the candidate before it left in the caches
+        repeat = max(1, math.ceil(SAMPLE_SECONDS / max(fastest[name], 1e-9)))
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(repeat):
             run()
@@ -123,12 +127,8 @@ def _rounds(
             gc.enable()
 
 
-def _synchronize_nothing() -> None:
-    """The CPU has finished when a call returns."""
-
-
-def _warm_up(run: Candidate, synchronize: Callable[[], None]) -> int:
-    """Run until the runs no longer get faster; the number of calls that fill one sample."""
+def _warm_up(run: Candidate, synchronize: Callable[[], None]) -> float:
+    """Run until the runs no longer get faster; seconds of the fastest."""
     fastest, steady, spent = math.inf, 0, 0.0
     while steady < STEADY_RUNS and spent < WARM_UP_SECONDS:
         start = time.perf_counter()
@@ -138,7 +138,7 @@ def _warm_up(run: Candidate, synchronize: Callable[[], None]) -> int:
         spent += elapsed
         steady = steady + 1 if elapsed > fastest * (1 - STEADY_GAIN) else 0
         fastest = min(fastest, elapsed)
-    return max(1, math.ceil(SAMPLE_SECONDS / max(fastest, 1e-9)))
+    return fastest
 
 
 def _interleave_cuda(
@@ -150,7 +150,8 @@ def _interleave_cuda(
     cuda_graphs: bool,
 ) -> dict[str, Samples]:
     """Events around every run. A round's runs are queued together and waited for at its end, so
-    that the GPU rarely waits for Python; what it does wait is part of the time of a run."""
+    that the GPU rarely waits for Python; what it does wait is part of the time of a run.
+    """
     for run in candidates.values():
         _warm_up(run, torch.cuda.synchronize)
     if cuda_graphs:

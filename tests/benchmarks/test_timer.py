@@ -10,7 +10,8 @@ from vitarium.benchmarks import timer
 
 def test_candidates_take_turns_and_every_sample_is_kept(monkeypatch):
     calls = []
-    monkeypatch.setattr(timer, "SAMPLE_SECONDS", 0.0)  # one call per sample
+    monkeypatch.setattr(timer, "SAMPLE_SECONDS", 0.0)  # one call per sample...
+    monkeypatch.setattr(timer, "SETTLE_SECONDS", 0.0)  # ... and none before it
     samples = timer.interleave(
         {name: lambda name=name: calls.append(name) for name in "abc"},
         min_rounds=4,
@@ -48,7 +49,7 @@ def test_warm_up_goes_on_while_runs_get_faster(monkeypatch):
 
     monkeypatch.setattr(timer.time, "perf_counter", lambda: now)
     monkeypatch.setattr(timer, "WARM_UP_SECONDS", 100.0)
-    timer._warm_up(run, lambda: None)
+    assert timer._warm_up(run, lambda: None) == 1.0
     assert next(durations) == 0.1  # three runs in a row brought nothing, the seventh was not made
 
 

@@ -1,0 +1,176 @@
+"""The candidates of one setting: built, given the same tensors, checked before they are timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitarium.benchmarks import neighborhood
+from vitarium.benchmarks.arguments import DTYPES
+from vitarium.benchmarks.suite import Setting, Suite
+from vitarium.ops import OPERATORS
+
+SUITES: Mapping[str, Suite] = {"neighborhood_attention": neighborhood.SUITE}
+FLOOR = "floor"
+
+# Largest error allowed, relative to the largest element of the reference's tensor.
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+
+Function = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is timed, and how wrong it is (None for the floor and for another function)."""
+
+    run: Callable[[], object]
+    error: float | None = None
+    error_of: str | None = None
+
+
+def build_candidates(
+    setting: Setting, device: torch.device, peers: Sequence[str] | None
+) -> tuple[dict[str, Candidate], dict[str, str]]:
+    """Everything that can compute a setting here, and the floor.
+
+    Args:
+        setting: what to compute.
+        device: where.
+        peers: names of peers; those meant for the device if None.
+
+    Returns:
+        Candidates by name, and by name why another is none: it failed or its result is wrong.
+        Backends that refuse the call are in neither.
+    """
+    inputs = _Inputs(setting, device)
+    functions, refused = _functions(setting, device, peers)
+    candidates = {}
+    for name, (function, same_function) in functions.items():
+        error = None
+        try:
+            if same_function:
+                error = inputs.error(function)
+            candidate = Candidate(
+                inputs.run(function), error, inputs.error_of if same_function else None
+            )
+        except Exception as failure:  # a peer's own failure must not end the comparison
+            refused[name] = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+            continue
+        # "not <=" rather than ">": an error that is no number is too large, too.
+        if error is not None and not error <= TOLERANCE[setting.dtype]:
+            refused[name] = f"wrong result: error {error:.2g} exceeds {TOLERANCE[setting.dtype]}"
+        else:
+            candidates[name] = candidate
+    suite = SUITES.get(setting.operator)
+    if suite is not None and suite.floor is not None:
+        run = suite.floor(setting.case, setting.mode, DTYPES[setting.dtype], device)
+        candidates[FLOOR] = Candidate(run)
+    return candidates, refused
+
+
+def _functions(
+    setting: Setting, device: torch.device, peers: Sequence[str] | None
+) -> tuple[dict[str, tuple[Function, bool]], dict[str, str]]:
+    """By name: functions of the case's tensors and whether they compute the operator itself."""
+    functions: dict[str, tuple[Function, bool]] = {}
+    refused: dict[str, str] = {}
+    operator, case = OPERATORS[setting.operator], setting.case
+    for backend in operator.implementations:
+        if backend != "reference" and why_not(setting, backend, device) is None:
+            functions[backend] = (_backend(setting, backend), True)
+    suite = SUITES.get(setting.operator)
+    for name, peer in suite.peers.items() if suite is not None else ():
+        if name in peers if peers is not None else device.type in peer.devices:
+            try:
+                function = peer.build(case, device)
+            except Exception as failure:  # as above
+                refused[name] = f"{type(failure).__name__}: {failure}"
+                continue
+            functions[name] = (_positional(function), peer.same_function)
+    return functions, refused
+
+
+def _backend(setting: Setting, backend: str) -> Function:
+    operator = OPERATORS[setting.operator]
+    return lambda **tensors: operator.function(**tensors, **setting.case.kwargs, backend=backend)
+
+
+def _positional(function: Function) -> Function:
+    return lambda **tensors: function(*tensors.values())
+
+
+def why_not(setting: Setting, backend: str, device: torch.device) -> str | None:
+    """Why a backend refuses a setting, or None; it is tried with one image."""
+    tensors = {
+        name: torch.zeros((1, *shape[1:]), dtype=DTYPES[setting.dtype], device=device)
+        for name, shape in setting.case.shapes.items()
+    }
+    try:
+        with torch.no_grad():
+            _backend(setting, backend)(**tensors)
+    except ValueError as refusal:
+        return str(refusal)
+    return None
+
+
+class _Inputs:
+    """The random tensors of a setting, and what the float64 reference makes of them."""
+
+    def __init__(self, setting: Setting, device: torch.device) -> None:
+        self.forward_only = setting.mode == "forward"
+        self.backward_only = setting.mode == "backward"
+        generator = torch.Generator(device).manual_seed(0)
+        dtype = DTYPES[setting.dtype]
+
+        def draw(shape: Sequence[int]) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+        shapes = setting.case.shapes
+        self.tensors = {name: draw(shape) for name, shape in shapes.items()}
+        on_meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        reference = _backend(setting, "reference")
+        self.grad = draw(reference(**on_meta).shape)
+        self.expected = self._reference(reference)
+        self.error_of = "output" if self.forward_only else "output and gradients"
+        self.error_of += " against the float64 reference, in its largest element"
+
+    def _reference(self, reference: Function) -> list[Tensor]:
+        """Image by image where every tensor has an image dimension: the definition is dense."""
+        batches = {tensor.shape[0] for tensor in (*self.tensors.values(), self.grad)}
+        size = 1 if len(batches) == 1 else max(batches)
+        results = []
+        for first in range(0, self.grad.shape[0], size):
+            part = {name: t[first : first + size].double() for name, t in self.tensors.items()}
+            results.append(self._results(reference, part, self.grad[first : first + size].double()))
+        return [torch.cat(parts) for parts in zip(*results)]
+
+    def _results(
+        self, function: Function, tensors: Mapping[str, Tensor], grad: Tensor
+    ) -> list[Tensor]:
+        """The output and, unless only the forward is wanted, the gradient of every tensor."""
+        if self.forward_only:
+            with torch.no_grad():
+                return [function(**tensors)]
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+        output = function(**leaves)
+        return [output.detach(), *torch.autograd.grad(output, list(leaves.values()), grad)]
+
+    def error(self, function: Function) -> float:
+        """Largest error over all results, each relative to its reference's largest element."""
+        results = self._results(function, self.tensors, self.grad)
+        return max(
+            ((result.double() - expected).abs().max() / expected.abs().max()).item()
+            for result, expected in zip(results, self.expected)
+        )
+
+    def run(self, function: Function) -> Callable[[], object]:
+        """What the clock is put to: the mode of the setting, with these tensors."""
+        if self.backward_only:
+            leaves = {name: t.detach().requires_grad_() for name, t in self.tensors.items()}
+            output = function(**leaves)
+            inputs = list(leaves.values())
+            return lambda: torch.autograd.grad(output, inputs, self.grad, retain_graph=True)
+        return lambda: self._results(function, self.tensors, self.grad)

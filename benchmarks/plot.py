@@ -1,0 +1,233 @@
+"""Pictures of records: operators over their floor, models by accuracy and latency."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from vitarium.benchmarks import record
+from vitarium.benchmarks.candidates import FLOOR
+from vitarium.benchmarks.record import Record
+
+INK, MUTED, GRID = "#1b1f24", "#57606a", "#d8dee4"
+# Ours in one strong colour; peers in colours that stay apart for colour-blind readers and in grey.
+COLOURS = {
+    "torch": "#0b63c5",
+    "triton": "#0b63c5",
+    "natten": "#8250a8",
+    "flex": "#e08a00",
+    "sdpa_masked": "#57a773",
+    "sdpa_global": "#9bc7ab",
+    "gather": "#b4bcc6",
+}
+LABELS = {
+    "torch": "vitarium (PyTorch operations)",
+    "triton": "vitarium (Triton kernel)",
+    "natten": "NATTEN",
+    "flex": "FlexAttention, compiled",
+    "sdpa_masked": "dense SDPA with a mask",
+    "sdpa_global": "dense SDPA, global attention",
+    "gather": "gathered windows",
+}
+FLOORS = {
+    "cpu": "the matrix products alone",
+    "cuda": "reading and writing every tensor once",
+}
+
+
+def plot_operators(records: Sequence[Record], path: str | os.PathLike[str]) -> None:
+    """Time over the floor by setting and implementation, log scale, a panel per dtype and mode.
+
+    Args:
+        records: of one operator on one machine, floors among them; of several records of one
+            thing, the last counts.
+        path: picture file; its suffix chooses the format.
+
+    Raises:
+        ValueError: there are none, or they are of several operators, machines or versions.
+    """
+    records = [r for r in records if r.kind == "operator"]
+    if not records:
+        raise ValueError("no records of operators to draw")
+    for what in ("name", "machine", "versions"):
+        if any(getattr(r, what) != getattr(records[0], what) for r in records):
+            raise ValueError(f"records differ in {what}; a picture compares what is comparable")
+    latest = {(r.setting, r.implementation): r for r in records}
+    panels = list(dict.fromkeys((r.dtype, r.mode) for r in records))
+    names = [n for n in COLOURS if any(implementation == n for _, implementation in latest)]
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(6.2 * columns, 1.5 + 3.0 * rows), facecolor="white")
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
+    for ax, (dtype, mode) in zip(axes, panels):
+        chosen = [r for r in latest.values() if (r.dtype, r.mode) == (dtype, mode)]
+        _operator_bars(ax, chosen, names)
+        ax.set_title(f"{mode}, {dtype}", loc="left", fontsize=10.5, color=INK, weight="semibold")
+    for ax in list(axes)[len(panels) :]:
+        ax.set_visible(False)
+    _frame(figure, records, _operator_title(records[0]), names)
+    _save(figure, path)
+
+
+def _operator_title(r: Record) -> tuple[str, str]:
+    title = r.name.replace("_", " ").capitalize()
+    batch, *_, head_dim = next(iter(r.shapes.values()))
+    kernel = r.arguments.get("kernel_size")
+    return (
+        f"{title}: how many times the floor",
+        f"floor = {FLOORS[r.machine.device]}; {batch} images, head_dim {head_dim}, "
+        f"kernel size {kernel}; lower is better",
+    )
+
+
+def _operator_bars(ax: Axes, records: Sequence[Record], names: Sequence[str]) -> None:
+    floors = {r.setting: r.median for r in records if r.implementation == FLOOR}
+    settings = list(dict.fromkeys(r.setting for r in records if r.setting in floors))
+    width = 0.82 / max(1, len(names))
+    for number, name in enumerate(names):
+        bars = [
+            (settings.index(r.setting), r)
+            for r in records
+            if r.implementation == name and r.setting in floors
+        ]
+        ratios = [r.median / floors[r.setting] for _, r in bars]
+        places = [place + (number - (len(names) - 1) / 2) * width for place, _ in bars]
+        ax.bar(places, ratios, width * 0.92, color=COLOURS[name], label=LABELS[name], zorder=3)
+        for place, ratio in zip(places, ratios):
+            text = f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
+            ax.annotate(
+                text,
+                (place, ratio),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7.5,
+                color=INK,
+                weight="bold" if name in ("torch", "triton") else "normal",
+            )
+    ax.set_yscale("log")
+    ax.set_ylim(bottom=1)
+    ax.margins(y=0.12)
+    first = {r.setting: r for r in reversed(records)}
+    ax.set_xticks(range(len(settings)), [_tick(first[s]) for s in settings], fontsize=8.5)
+    _style(ax)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.tick_params(axis="x", length=0)
+
+
+def _tick(r: Record) -> str:
+    _, *spatial, heads, _ = next(iter(r.shapes.values()))
+    size = "x".join(map(str, spatial))
+    return f"{size}\n{heads} heads\ndilation {r.arguments.get('dilation', 1)}"
+
+
+def plot_models(
+    records: Sequence[Record],
+    accuracies: dict[str, float],
+    path: str | os.PathLike[str],
+) -> None:
+    """Accuracy over latency, a point per model.
+
+    Args:
+        records: of models on one machine; those without an accuracy are left out.
+        accuracies: ImageNet-1K top-1 in per cent by model name, as published.
+        path: picture file; its suffix chooses the format.
+
+    Raises:
+        ValueError: no model has both a record and an accuracy.
+    """
+    points = {r.name: r for r in records if r.kind == "model" and r.name in accuracies}
+    if not points:
+        raise ValueError("no record of a model whose accuracy is known")
+    figure = Figure(figsize=(8.2, 5.2), facecolor="white")
+    ax = figure.subplots()
+    families: dict[str, list[Record]] = {}
+    for r in sorted(points.values(), key=lambda r: r.median):
+        families.setdefault(r.name.rpartition("_")[0], []).append(r)
+    palette = [*dict.fromkeys(COLOURS.values())]
+    for number, (family, members) in enumerate(families.items()):
+        colour = palette[number % len(palette)]
+        x = [1e3 * r.median for r in members]
+        y = [accuracies[r.name] for r in members]
+        ax.plot(x, y, "-o", color=colour, markersize=7, linewidth=1.4, label=family, zorder=3)
+        for r, latency, accuracy in zip(members, x, y):
+            offset = (7, -3)
+            ax.annotate(
+                r.name, (latency, accuracy), xytext=offset, textcoords="offset points",
+                fontsize=8, color=INK,
+            )  # fmt: skip
+    _style(ax)
+    ax.margins(x=0.16, y=0.1)
+    ax.set_xlabel("latency of one forward, ms (median)", color=MUTED)
+    ax.set_ylabel("ImageNet-1K top-1, % (published)", color=MUTED)
+    shape = "x".join(map(str, next(iter(points.values())).shapes["input"]))
+    subtitle = f"input {shape}, {next(iter(points.values())).dtype}, inference mode"
+    _frame(figure, list(points.values()), ("Accuracy against latency", subtitle), [])
+    _save(figure, path)
+
+
+# --- what both share -----------------------------------------------------------------------------
+
+
+def _style(ax: Axes) -> None:
+    ax.grid(axis="y", color=GRID, linewidth=0.8, zorder=0)
+    ax.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        ax.spines[side].set_visible(False)
+    ax.spines["bottom"].set_color(MUTED)
+    ax.tick_params(colors=MUTED, labelsize=8.5)
+    ax.tick_params(axis="y", length=0, which="both")
+
+
+def _frame(
+    figure: Figure, records: Sequence[Record], titles: tuple[str, str], names: Sequence[str]
+) -> None:
+    """Title, subtitle and legend above the axes; where it was measured below them."""
+    height = figure.get_figheight()
+    left = 0.06
+    title, subtitle = titles
+    figure.text(left, 1 - 0.14 / height, title, fontsize=15, weight="bold", color=INK, va="top")
+    figure.text(left, 1 - 0.46 / height, subtitle, fontsize=10, color=MUTED, va="top")
+    top = 0.78
+    if names:
+        handles = _legend_handles(names)
+        figure.legend(
+            handles=handles, loc="upper left", ncols=len(names), frameon=False, fontsize=9.5,
+            bbox_to_anchor=(left - 0.01, 1 - 0.66 / height), labelcolor=INK, handlelength=1.0,
+            columnspacing=1.6,
+        )  # fmt: skip
+        top = 1.08
+    figure.text(left, 0.10 / height, _where(records), fontsize=8, color=MUTED, va="bottom")
+    figure.subplots_adjust(
+        left=left, right=0.985, top=1 - (top + 0.18) / height, bottom=0.95 / height,
+        hspace=0.55, wspace=0.06,
+    )  # fmt: skip
+
+
+def _legend_handles(names: Sequence[str]) -> list[Any]:
+    from matplotlib.patches import Patch
+
+    return [Patch(color=COLOURS[name], label=LABELS[name]) for name in names]
+
+
+def _where(records: Sequence[Record]) -> str:
+    r = records[-1]
+    libraries = ("torch", "triton", "timm", "natten", "vitarium")
+    versions = ", ".join(f"{name} {r.versions[name]}" for name in libraries if name in r.versions)
+    threads = f"{r.machine.threads} thread{'s' if r.machine.threads > 1 else ''}, "
+    return (
+        f"{r.machine.processor}, {threads if r.machine.device == 'cpu' else ''}"
+        f"median of interleaved runs ({record.CLOCKS[r.clock]}); {versions}; {r.date[:10]}"
+    )
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)

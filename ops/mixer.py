@@ -65,8 +65,9 @@ def build_mixer(spec: MixerSpec, dim: int, **defaults: Any) -> Mixer:
         ValueError: the name is not in `MIXERS`.
         TypeError: `spec` is neither form, or an argument is none of the mixer's.
     """
-    name, arguments = (spec, {}) if isinstance(spec, str) else (*spec, {})[:2]
-    if not isinstance(name, str) or not isinstance(arguments, Mapping):
+    parts = (spec,) if isinstance(spec, str) or not isinstance(spec, Sequence) else tuple(spec)
+    name, arguments = (*parts, {})[:2] if parts else ("", None)
+    if not isinstance(name, str) or not isinstance(arguments, Mapping) or len(parts) > 2:
         raise TypeError(f"mixer spec {spec!r} is neither a name nor (name, arguments)")
     if name not in MIXERS:
         raise ValueError(f"mixer {name!r} is unknown; allowed are {', '.join(sorted(MIXERS))}")

@@ -38,7 +38,7 @@ class Pyramid(nn.Module):
     """A stem, stages of blocks with a downsampler before all but the first, a norm and a head.
 
     Feature extraction sees one map per stage, taken after its blocks and before the next
-    downsampler. Images of any size go in; a stage of one pixel is the smallest map. An isotropic network is a pyramid whose stages are single blocks of one width.
+    downsampler. An isotropic network is a pyramid whose stages are single blocks of one width.
 
     Args:
         stem: `stem(in_chans, dim)`, a module `(B, in_chans, H, W) -> (B, H', W', dim)`.

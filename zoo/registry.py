@@ -92,8 +92,11 @@ def published(model_name: str) -> Published | None:
     Raises:
         ValueError: timm knows no such model or tag.
     """
-    cfg = timm.get_pretrained_cfg(model_name) if timm.is_model(model_name) else None
-    if cfg is None:
-        raise ValueError(f"model {model_name!r} is unknown; vitarium.zoo.list_models() has ours")
+    try:
+        cfg = timm.get_pretrained_cfg(model_name, allow_unregistered=False)
+    except RuntimeError as error:
+        raise ValueError(
+            f"model {model_name!r} is unknown; vitarium.zoo.list_models() has ours"
+        ) from error
     tagged = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else cfg.architecture
     return _PUBLISHED.get(tagged)

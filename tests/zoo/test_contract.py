@@ -133,7 +133,9 @@ def test_compiles_to_one_graph(name, models):
 @torch.no_grad()
 def test_exports_with_a_fixed_and_a_free_batch(name, models):
     model, images = models[name], _images()
-    torch.testing.assert_close(torch.export.export(model, (images,)).module()(images), model(images))
+    torch.testing.assert_close(
+        torch.export.export(model, (images,)).module()(images), model(images)
+    )
     free = torch.export.export(
         model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},)
     )
@@ -273,9 +275,7 @@ def test_bias_tables_are_not_decayed(name, models):
     tables = {n for n, _ in model.named_parameters() if n.endswith(".rpb")}
     assert model.no_weight_decay() == tables
     assert len(tables) == sum(len(stage.blocks) for stage in model.stages)
-    groups = param_groups_weight_decay(
-        model, 0.05, no_weight_decay_list=model.no_weight_decay()
-    )
+    groups = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
     (free,) = (group["params"] for group in groups if group["weight_decay"] == 0)
     free = {id(parameter) for parameter in free}
     assert all(id(p) in free for n, p in model.named_parameters() if n in tables or p.ndim == 1)

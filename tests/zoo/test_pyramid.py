@@ -1,0 +1,153 @@
+"""What families may pass to the pyramid, and what the families of this package pass."""
+
+from functools import partial
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vitarium.zoo import Pyramid, list_models
+from vitarium.zoo.parts import Block, ConvDownsample, ConvStem, patch_stem
+
+
+def _mixer(**arguments) -> tuple:
+    return ("neighborhood", {"num_heads": 2, "kernel_size": 3, **arguments})
+
+
+def _pyramid(**arguments) -> Pyramid:
+    defaults = {
+        "stem": ConvStem,
+        "downsample": ConvDownsample,
+        "block": Block,
+        "dims": (16, 32),
+        "depths": (3, 2),
+        "mixers": [_mixer(), [_mixer(), _mixer(dilation=2)]],
+        "num_classes": 4,
+    }
+    return Pyramid(**{**defaults, **arguments})
+
+
+def _dilations(model: Pyramid) -> list[list[int]]:
+    return [[block.mixer.dilation[0] for block in stage.blocks] for stage in model.stages]
+
+
+def test_mixers_are_taken_in_turn():
+    three = [_mixer(dilation=d) for d in (1, 2, 4)]
+    as_yaml = [["neighborhood", {"num_heads": 2, "kernel_size": 3, "dilation": 5}]]
+    model = _pyramid(depths=(5, 2), mixers=[three, as_yaml])
+    assert _dilations(model) == [[1, 2, 4, 1, 2], [5, 5]]
+    assert _dilations(_pyramid(mixers=(_mixer(dilation=3), as_yaml[0]))) == [[3, 3, 3], [5, 5]]
+
+
+class _FeedForward(nn.Module):
+    """A block of a family without token mixer."""
+
+    def __init__(self, dim, mixer, *, drop_path, proj_drop):
+        super().__init__()
+        assert mixer is None
+        self.linear = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return x + self.linear(x)
+
+
+def test_stages_may_differ_in_block_and_blocks_may_go_without_mixer():
+    wide = partial(Block, mlp_ratio=2.0)
+    model = _pyramid(block=(_FeedForward, [wide, Block]), mixers=[None, _mixer()])
+    assert [type(block) for block in model.stages[0].blocks] == [_FeedForward] * 3
+    assert [block.mlp.fc1.out_features for block in model.stages[1].blocks] == [64, 128]
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 4)
+
+
+def test_norm_and_stem_stride_are_the_families():
+    model = _pyramid(
+        stem=partial(patch_stem, patch_size=8), stem_stride=8, norm_layer=partial(nn.RMSNorm)
+    )
+    assert isinstance(model.norm, nn.RMSNorm)
+    assert [info["reduction"] for info in model.feature_info] == [8, 16]
+    taps = model.forward_intermediates(torch.randn(1, 3, 33, 20), intermediates_only=True)
+    assert [tuple(tap.shape[2:]) for tap in taps] == [(5, 3), (3, 2)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"depths": (1,)}, ValueError, r"depths=\(1,\) must have one entry per stage"),
+        ({"depths": (1, 0)}, ValueError, r"depths=\(1, 0\) must be at least 1"),
+        ({"mixers": [_mixer()]}, ValueError, "mixers=.* must have one entry per stage"),
+        ({"mixers": "neighborhood"}, ValueError, "mixers='neighborhood' must have one entry"),
+        ({"mixers": [_mixer(), []]}, ValueError, "list of a stage's mixers or blocks is empty"),
+        ({"mixers": [_mixer(), "nothing"]}, ValueError, "mixer 'nothing' is unknown"),
+        ({"mixers": [_mixer(), 7]}, TypeError, "7"),
+        ({"mixers": [_mixer(), _mixer(window=7)]}, TypeError, "window"),
+        ({"block": [Block]}, ValueError, "block=.* must have one entry per stage"),
+        ({"dims": (), "depths": (), "mixers": []}, ValueError, "depths"),
+        ({"img_size": 224}, TypeError, "img_size"),
+        ({"global_pool": "median"}, Exception, "median|pool"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        _pyramid(**arguments)
+
+
+# --- the families --------------------------------------------------------------------------------
+
+
+def _blocks(name: str, **arguments) -> list[nn.Module]:
+    model = timm.create_model(name, device="meta", **arguments)
+    return [block for stage in model.stages for block in stage.blocks]
+
+
+@pytest.mark.parametrize(
+    ("name", "dilations"),
+    [
+        ("nat_tiny", [1] * 30),
+        ("dinat_mini", [1, 8, 1] + [1, 4] * 2 + [1, 2] * 3 + [1] * 5),
+        ("dinat_large_384", [1, 13, 1] + [1, 6] * 2 + [1, 3] * 9 + [1] * 5),
+        ("dinat_large_384_11x11", [1, 8, 1] + [1, 4] * 2 + [1, 2] * 9 + [1] * 5),
+        ("dinat_s_small", [1, 8] + [1, 4] + [1, 2] * 9 + [1, 1]),
+        ("dinat_s_large_384", [1, 13] + [1, 6] + [1, 3] * 9 + [1, 1]),
+        ("nat_isotropic_base", [1] * 12),
+        ("dinat_isotropic_base", [1, 2] * 6),
+    ],
+)
+def test_dilations_are_those_of_the_official_factories(name, dilations):
+    assert [block.mixer.dilation[0] for block in _blocks(name)] == dilations
+
+
+def test_layer_scale_is_in_three_variants_only():
+    with_scale = {
+        name
+        for name in list_models("*nat_*")
+        if "isotropic" not in name and hasattr(_blocks(name, depths=(1, 1, 1, 1))[0].ls1, "gamma")
+    }
+    assert with_scale == {"nat_small", "nat_base", "dinat_base"}
+
+
+def test_families_have_arguments_of_their_own():
+    """As one needs for small images: other widths, depths, windows and dilations."""
+    model = timm.create_model(
+        "dinat_mini", embed_dim=24, depths=(1, 2), kernel_size=3, dilations=(2, 1), head_dim=8
+    )
+    assert [info["num_chs"] for info in model.feature_info] == [24, 48]
+    assert [b.mixer.num_heads for stage in model.stages for b in stage.blocks] == [3, 6, 6]
+    assert model(torch.randn(1, 3, 28, 28)).shape == (1, 1000)
+
+
+@torch.no_grad()
+def test_vit_rpb_is_dense_attention_with_relative_bias():
+    """bias[h, query, key] = rpb[h, key - query + 13] per axis, for the 14x14 map it is made for."""
+    mixer = _blocks("vitrpb_small")[0].mixer.to_empty(device="cpu").double()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in mixer.parameters():
+        parameter.normal_(std=0.2, generator=generator)
+    x = torch.randn(1, 14, 14, 384, generator=generator, dtype=torch.float64)
+    query, key, value = mixer.qkv(x).reshape(196, 3, 12, 32).permute(1, 2, 0, 3)
+    row, column = torch.arange(196) // 14, torch.arange(196) % 14
+    bias = mixer.rpb[:, row[None] - row[:, None] + 13, column[None] - column[:, None] + 13]
+    weights = F.softmax(query @ key.transpose(1, 2) * 32**-0.5 + bias, dim=-1)
+    want = mixer.proj((weights @ value).transpose(0, 1).reshape(1, 14, 14, 384))
+    torch.testing.assert_close(mixer(x), want, rtol=1e-10, atol=1e-10)

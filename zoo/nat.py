@@ -10,12 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from timm.data import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
-)
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
@@ -136,18 +131,8 @@ _s_large = partial(_s_small, embed_dim=192, drop_path_rate=0.35)
 _isotropic_small = partial(isotropic, embed_dim=384, drop_path_rate=0.1)
 _isotropic_base = partial(isotropic, embed_dim=768, drop_path_rate=0.4)
 
-# The official factories, by their names. Layer scale is in three of them only. "dinat_nano" is
-# ours: two stages for images of 32 pixels.
+# The official factories, by their names. Layer scale is in three of them only.
 VARIANTS: dict[str, Callable[..., Pyramid]] = {
-    "dinat_nano": partial(
-        nat,
-        embed_dim=32,
-        depths=(2, 2),
-        mlp_ratio=2.0,
-        kernel_size=3,
-        dilations=(2, 1),
-        head_dim=16,
-    ),
     "nat_mini": _mini,
     "nat_tiny": _tiny,
     "nat_small": partial(_small, layer_scale=1e-5),
@@ -261,20 +246,6 @@ def _default_cfg(name: str, path: str) -> dict[str, Any]:
     }
 
 
-_NANO_CFG = {
-    "num_classes": 1000,
-    "input_size": (3, 32, 32),
-    "pool_size": (4, 4),
-    "crop_pct": 1.0,
-    "interpolation": "bicubic",
-    "mean": IMAGENET_INCEPTION_MEAN,
-    "std": IMAGENET_INCEPTION_STD,
-    "first_conv": "stem.conv1",
-    "classifier": "head.fc",
-    "license": "apache-2.0",
-}
-
-
 def _rename(key: str) -> str:
     """Our name of an official parameter; other names, ours among them, as they are."""
     key = re.sub(r"^patch_embed\.proj\.0\.", "stem.conv1.", key)
@@ -309,10 +280,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 register_family(
     __name__,
     VARIANTS,
-    default_cfgs={
-        "dinat_nano": _NANO_CFG,
-        **{name: _default_cfg(name, path) for name, (path, _) in CHECKPOINTS.items()},
-    },
+    default_cfgs={name: _default_cfg(name, path) for name, (path, _) in CHECKPOINTS.items()},
     published={name: figures for name, (_, figures) in CHECKPOINTS.items() if figures},
     checkpoint_filter_fn=checkpoint_filter_fn,
 )

@@ -138,7 +138,7 @@ def _read_file(path: Path) -> Any:
             f"{path}: refused, because it is no PyTorch checkpoint or holds objects other than "
             f"tensors; nothing in it was run. {_first_line(error)}"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError) as error:
+    except Exception as error:  # on damaged bytes torch.load raises nearly anything
         raise ValueError(
             f"{path}: truncated, or not a PyTorch checkpoint: {_first_line(error)}"
         ) from error

@@ -68,7 +68,7 @@ def bench_models(
 
     Raises:
         ValueError: an unknown name, or an argument out of range.
-        RuntimeError: a model's output failed the check; nothing was timed.
+        FloatingPointError: a model's output failed the check; nothing was timed.
     """
     _check(names, dtype, compile, profile)
     target = device_named(device)
@@ -151,7 +151,8 @@ def _prepare(
     """Build a model and check its output.
 
     Raises:
-        RuntimeError: the output is not finite, not repeatable, or not that of the model as built.
+        FloatingPointError: the output is not finite, not repeatable, or another one than that of
+            the model as built.
     """
     built = flops.build(name, image_size).to(device)
     x = torch.randn(flops.input_shape(built, image_size, batch_size)).to(device)
@@ -168,17 +169,19 @@ def _prepare(
 
     first, second = run(), run()
     if not first.isfinite().all():
-        raise RuntimeError(f"model {name!r} gives values that are not finite; it is not timed")
+        raise FloatingPointError(
+            f"model {name!r} gives values that are not finite; it is not timed"
+        )
     deviation = expected.std().item() or 1.0
     repeated = (first - second).abs().max().item() / deviation
     error = (first - expected).abs().max().item() / deviation
     if repeated > TOLERANCE:
-        raise RuntimeError(
+        raise FloatingPointError(
             f"model {name!r} gives different outputs for the same input "
             f"({repeated:.2g} standard deviations apart); it is not timed"
         )
     if dtype == torch.float32 and error > TOLERANCE:
-        raise RuntimeError(
+        raise FloatingPointError(
             f"model {name!r} gives another output than as built "
             f"({error:.2g} standard deviations apart); it is not timed"
         )

@@ -80,7 +80,7 @@ def bench_operators(
         seconds: time given to each setting.
         cuda_graphs: replay captured graphs: kernel time without the time to launch.
         output: JSON Lines file. Every setting is appended when it is finished, and settings that
-            the file holds already, from this processor and these versions, are not repeated.
+            the file holds already, of this machine, versions and commit, are not repeated.
         fresh: repeat them.
         minutes: begin no further setting after so many minutes; the same call goes on later.
         progress: called with a line about each setting.
@@ -155,12 +155,13 @@ def _settings(
 
 
 def _same(r: Record, setting: Setting, machine: record.Machine) -> bool:
-    """Whether a record is of this setting, on this machine and with these versions."""
+    """Whether a record is of this setting, on this machine, with these versions and commit."""
     described = _described(setting)
     return (
         all(getattr(r, name) == value for name, value in described.items())
         and r.machine == machine
         and r.versions == record.versions()
+        and r.commit == record.commit()
     )
 
 

@@ -36,9 +36,10 @@ LABELS = {
     "gather": "gathered windows",
 }
 FLOORS = {
-    "cpu": "the matrix products alone",
-    "cuda": "reading and writing every tensor once",
+    "cpu": "the matrix products that the definition needs, alone",
+    "cuda": "a copy of as many bytes as must be read and written once",
 }
+DEVICES = {"cpu": "one CPU thread", "cuda": "a GPU"}
 
 
 def plot_operators(records: Sequence[Record], path: str | os.PathLike[str]) -> None:
@@ -64,13 +65,17 @@ def plot_operators(records: Sequence[Record], path: str | os.PathLike[str]) -> N
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(6.2 * columns, 1.5 + 3.0 * rows), facecolor="white")
-    axes = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
-    for ax, (dtype, mode) in zip(axes, panels):
+    axes = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+    for number, (dtype, mode) in enumerate(panels):
+        ax = axes[number]
         chosen = [r for r in latest.values() if (r.dtype, r.mode) == (dtype, mode)]
         _operator_bars(ax, chosen, names)
-        ax.set_title(f"{mode}, {dtype}", loc="left", fontsize=10.5, color=INK, weight="semibold")
-    for ax in list(axes)[len(panels) :]:
+        ax.set_title(f"{mode}, {dtype}", loc="left", fontsize=10.5, color=INK, weight="bold")
+    for ax in axes[len(panels) :]:
         ax.set_visible(False)
+    axes[0].set_ylim(1, 2 * max(height for ax in axes for height in ax.dataLim.intervaly))
+    for ax in axes[::columns]:
+        ax.set_ylabel("time / floor", fontsize=9, color=MUTED)
     _frame(figure, records, _operator_title(records[0]), names)
     _save(figure, path)
 
@@ -80,9 +85,9 @@ def _operator_title(r: Record) -> tuple[str, str]:
     batch, *_, head_dim = next(iter(r.shapes.values()))
     kernel = r.arguments.get("kernel_size")
     return (
-        f"{title}: how many times the floor",
-        f"floor = {FLOORS[r.machine.device]}; {batch} images, head_dim {head_dim}, "
-        f"kernel size {kernel}; lower is better",
+        f"{title} on {DEVICES[r.machine.device]}: time over the floor, lower is better",
+        f"floor: {FLOORS[r.machine.device]}. {batch} images, head_dim {head_dim}, "
+        f"kernel size {kernel}",
     )
 
 
@@ -112,8 +117,6 @@ def _operator_bars(ax: Axes, records: Sequence[Record], names: Sequence[str]) ->
                 weight="bold" if name in ("torch", "triton") else "normal",
             )
     ax.set_yscale("log")
-    ax.set_ylim(bottom=1)
-    ax.margins(y=0.12)
     first = {r.setting: r for r in reversed(records)}
     ax.set_xticks(range(len(settings)), [_tick(first[s]) for s in settings], fontsize=8.5)
     _style(ax)
@@ -173,6 +176,15 @@ def plot_models(
     _save(figure, path)
 
 
+def published_accuracies(records: Sequence[Record]) -> dict[str, float]:
+    """Published ImageNet-1K top-1, in per cent, of those models that are ours and have one."""
+    from vitarium import zoo
+
+    ours = set(zoo.list_models())
+    figures = {r.name: zoo.published(r.name) for r in records if r.name in ours}
+    return {name: f.top1 for name, f in figures.items() if f is not None and f.top1 is not None}
+
+
 # --- what both share -----------------------------------------------------------------------------
 
 
@@ -203,11 +215,11 @@ def _frame(
             bbox_to_anchor=(left - 0.01, 1 - 0.66 / height), labelcolor=INK, handlelength=1.0,
             columnspacing=1.6,
         )  # fmt: skip
-        top = 1.08
+        top = 1.12
     figure.text(left, 0.10 / height, _where(records), fontsize=8, color=MUTED, va="bottom")
     figure.subplots_adjust(
         left=left, right=0.985, top=1 - (top + 0.18) / height, bottom=0.95 / height,
-        hspace=0.55, wspace=0.06,
+        hspace=0.5, wspace=0.06,
     )  # fmt: skip
 
 

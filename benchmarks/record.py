@@ -227,7 +227,10 @@ def commit() -> str | None:
     if not (root / ".git").exists():
         return None
     head = _output("git", "-C", str(root), "rev-parse", "HEAD")
-    changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    own = (".", ":!benchmarks/results")  # records that are being written change no code
+    changed = _output(
+        "git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "--", *own
+    )
     return f"{head}+dirty" if head and changed else head
 
 

@@ -1,0 +1,194 @@
+"""`vitarium bench`: measure models or operators, and draw what was measured.
+
+The first word says what is done (`models`, `ops`, `plot`); without it, the words are models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from rich.console import Console
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+RESULTS = Path("benchmarks/results")  # in a checkout: records that are kept
+RUNS = Path("runs/bench")
+
+
+class _Parser(ArgumentParser):
+    """Takes `bench resnet18` for `bench models resnet18`."""
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any
+    ) -> Namespace:
+        args = list(args or [])
+        if args and args[0] not in (*_WHAT, "-h", "--help"):
+            args = ["models", *args]
+        return super().parse_args(args, *rest, **kwargs)
+
+
+def parser() -> ArgumentParser:
+    parser = _Parser(
+        prog="vitarium bench",
+        exit_on_error=False,
+        description="Measure models or operators, and draw what was measured. "
+        "`bench MODEL...` is short for `bench models MODEL...`.",
+    )
+    commands = parser.add_subcommands(dest="what", required=True)
+    for name, (build, _, help_text) in _WHAT.items():
+        commands.add_subcommand(name, build(), help=help_text)
+    return parser
+
+
+def run(config: Namespace) -> int | None:
+    return _WHAT[config.what][1](config[config.what])
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+def _models_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Parameters, GFLOPs, activations, latency, throughput and peak memory of any "
+        "models that timm knows, ours or not, side by side and measured in turns."
+    )
+    parser.add_argument("names", metavar="MODEL", type=str, nargs="+", help="registered names")
+    parser.add_argument("--batch-size", type=PositiveInt, default=1, help="images per forward")
+    parser.add_argument(
+        "--image-size", type=PositiveInt | None, default=None, help="side of the images, pixels"
+    )
+    parser.add_argument("--dtype", type=Dtype, default="float32", help="of weights and input")
+    _add_place(parser, threads=None)
+    parser.add_argument("--channels-last", action="store_true", help="memory format")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile(model)")
+    parser.add_argument("--profile", action="store_true", help="share of time by part of the model")
+    parser.add_argument("--seconds", type=NonNegativeFloat, default=5.0, help="per model")
+    parser.add_argument(
+        "--output", type=str, default=str(RUNS / "models.jsonl"), help="records are appended here"
+    )
+    return parser
+
+
+def _run_models(config: Namespace) -> None:
+    from vitarium.benchmarks import bench_models, print_table
+
+    print_table(bench_models(**vars(config)))
+    _say_where(config.output)
+
+
+# --- operators -----------------------------------------------------------------------------------
+
+
+def _operators_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Our implementations of the operators against the floor and against peers, "
+        "each checked against the float64 reference first. Records already in the output, of "
+        "this machine, these versions and this commit, are not measured again, so that the same command goes "
+        "on where it ended."
+    )
+    parser.add_argument("names", metavar="OPERATOR", type=str, nargs="*", help="all, if none")
+    _add_place(parser, threads=1)
+    parser.add_argument("--batch-size", type=PositiveInt | None, default=None, help="images")
+    parser.add_argument("--dtypes", type=Dtype, nargs="+", default=None, help="data types")
+    parser.add_argument(
+        "--modes",
+        type=Literal["forward", "backward", "training"],
+        nargs="+",
+        default=None,
+        help="training is forward and backward in one",
+    )
+    parser.add_argument("--match", type=str, default="", help="only cases whose note has this")
+    parser.add_argument(
+        "--peers", type=str, nargs="*", default=None, help="gather, sdpa_masked, flex, ..."
+    )
+    parser.add_argument("--seconds", type=NonNegativeFloat, default=5.0, help="per setting")
+    parser.add_argument(
+        "--cuda-graphs", action="store_true", help="time kernels without their launches"
+    )
+    parser.add_argument(
+        "--minutes", type=PositiveFloat | None, default=None, help="begin nothing after so many"
+    )
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
+    parser.add_argument(
+        "--output",
+        type=str | None,
+        default=None,
+        help=f"records are appended here; {RESULTS}/<processor>/operators.jsonl in a checkout of "
+        f"the repository and {RUNS}/<processor>/operators.jsonl elsewhere, if not given",
+    )
+    return parser
+
+
+def _run_operators(config: Namespace) -> int:
+    from vitarium.benchmarks import bench_operators, print_table, record
+    from vitarium.benchmarks.arguments import device_named
+
+    console = Console()
+    arguments = vars(config)
+    if arguments["output"] is None:
+        root = RESULTS if RESULTS.is_dir() else RUNS
+        slug = record.this_machine(device_named(config.device)).slug
+        arguments["output"] = str(root / slug / "operators.jsonl")
+    outcome = bench_operators(
+        **arguments, progress=lambda line: console.print(line, style="dim", highlight=False)
+    )
+    print_table(outcome.records, console)
+    for line in outcome.refused:
+        console.print(f"not timed: {line}", style="red", markup=False, highlight=False)
+    if outcome.remaining:
+        console.print(f"{outcome.remaining} settings remain; the same command goes on with them")
+    _say_where(arguments["output"])
+    return 1 if outcome.refused else 0
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def _plot_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Draw records: operators over their floor, or models by published accuracy "
+        "and measured latency."
+    )
+    parser.add_argument("records", metavar="RECORDS", type=str, nargs="+", help="JSON Lines files")
+    parser.add_argument("--dtype", type=Dtype | None, default=None, help="only this data type")
+    parser.add_argument("--mode", type=str | None, default=None, help="only this mode")
+    parser.add_argument("--output", "-o", type=str, required=True, help="such as operators.png")
+    return parser
+
+
+def _run_plot(config: Namespace) -> None:
+    from vitarium.benchmarks import plot, record
+
+    records = [r for path in config.records for r in record.read(path)]
+    records = [
+        r for r in records if config.dtype in (None, r.dtype) and config.mode in (None, r.mode)
+    ]
+    if any(r.kind == "operator" for r in records):
+        plot.plot_operators(records, config.output)
+    else:
+        plot.plot_models(records, plot.published_accuracies(records), config.output)
+    print(config.output)
+
+
+# --- what they share -----------------------------------------------------------------------------
+
+
+def _add_place(parser: ArgumentParser, threads: int | None) -> None:
+    parser.add_argument("--device", type=str | None, default=None, help="cpu or cuda")
+    parser.add_argument(
+        "--threads", type=PositiveInt | None, default=threads, help="of torch, on the CPU"
+    )
+
+
+def _say_where(path: str) -> None:
+    print(f"records: {path}")
+
+
+_WHAT = {
+    "models": (_models_parser, _run_models, "models side by side"),
+    "ops": (_operators_parser, _run_operators, "operators against floor and peers"),
+    "plot": (_plot_parser, _run_plot, "a picture of records"),
+}

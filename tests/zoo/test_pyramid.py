@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vitarium.zoo import Pyramid, list_models
+from vitarium.zoo import Pyramid, list_models, nat
 from vitarium.zoo.parts import Block, ConvDownsample, ConvStem, patch_stem
 
 
@@ -99,6 +99,44 @@ def test_bad_arguments_are_named(arguments, error, message):
 def _blocks(name: str, **arguments) -> list[nn.Module]:
     model = timm.create_model(name, device="meta", **arguments)
     return [block for stage in model.stages for block in stage.blocks]
+
+
+OFFICIAL_FACTORIES = [
+    "nat_mini",
+    "nat_tiny",
+    "nat_small",
+    "nat_base",
+    "dinat_mini",
+    "dinat_tiny",
+    "dinat_small",
+    "dinat_base",
+    "dinat_large",
+    "dinat_large_384",
+    "dinat_large_384_11x11",
+    "dinat_large_21k",
+    "dinat_large_21k_11x11",
+    "dinat_s_tiny",
+    "dinat_s_small",
+    "dinat_s_base",
+    "dinat_s_large",
+    "dinat_s_large_384",
+    "dinat_s_large_21k",
+    "nat_isotropic_small",
+    "nat_isotropic_base",
+    "dinat_isotropic_small",
+    "dinat_isotropic_base",
+    "vitrpb_small",
+    "vitrpb_base",
+]
+
+
+def test_every_official_factory_is_a_model_of_this_package():
+    assert sorted(OFFICIAL_FACTORIES) == sorted(nat.VARIANTS)
+    names = list_models()
+    assert set(names) >= set(OFFICIAL_FACTORIES)
+    assert len(names) == len(set(names))
+    assert not [name for name in names if "resnet" in name]
+    assert set(list_models("dinat_s_*")) == {n for n in names if n.startswith("dinat_s_")}
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ grids `(G, *classes, *sizes, channels)`: class-major copies of `(G, *spatial, ch
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,70 +25,47 @@ from torch import Tensor
 NEGATIVE = -1e30  # finite: a query beyond the end of its class must not turn into NaN
 
 
-@dataclass(frozen=True)
-class Pattern:
-    """What the queries of one tile see of its halo.
-
-    Attributes:
-        seen: for each query the half-open range of halo positions that it sees.
-        shift: first position of the halo, minus first position of the tile.
-    """
-
-    seen: tuple[tuple[int, int], ...]
-    shift: int
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity
 class Axis:
-    """One axis cut into tiles.
+    """One axis cut into evenly spaced tiles.
 
     Attributes:
         length: tokens on the axis.
         classes: residue classes (the dilation).
         tile: queries per tile.
-        halo: keys per tile.
-        origins: first key of each tile, in positions of a class.
-        patterns: the distinct patterns.
+        tiles: number of tiles in a class.
+        before: how far the halo of a tile begins before its first query.
+        halo: keys per tile, counting positions before the first and after the last of a class.
+        patterns: the distinct patterns: for each query of a tile the halo positions that it sees.
         which: `(classes, tiles)` index into `patterns`.
     """
 
     length: int
     classes: int
     tile: int
+    tiles: int
+    before: int
     halo: int
-    origins: tuple[int, ...]
-    patterns: tuple[Pattern, ...]
+    patterns: tuple[tuple[tuple[int, int], ...], ...]
     which: tuple[tuple[int, ...], ...]
 
     @property
-    def size(self) -> int:
-        """Positions of the longest class."""
-        return -(-self.length // self.classes)
+    def queries(self) -> int:
+        """Positions of a grid of queries: whole tiles."""
+        return self.tiles * self.tile
 
     @property
-    def tiles(self) -> int:
-        return len(self.origins)
+    def keys(self) -> int:
+        """Positions of a grid of keys: whole halos."""
+        return (self.tiles - 1) * self.tile + self.halo
 
-    def pieces(self) -> list[tuple[slice, int, int]]:
-        """The axis as blocks of whole class steps: (tokens, first position, classes present)."""
+    def pieces(self) -> list[tuple[int, int, int, int]]:
+        """The axis as blocks of whole steps: (first token, tokens, first position, classes)."""
         whole, rest = divmod(self.length, self.classes)
-        blocks = [(slice(0, whole * self.classes), 0, self.classes)] if whole else []
+        blocks = [(0, whole * self.classes, 0, self.classes)] if whole else []
         if rest:
-            blocks.append((slice(whole * self.classes, self.length), whole, rest))
+            blocks.append((whole * self.classes, rest, whole, rest))
         return blocks
-
-    def runs(self, first: int, last: int) -> list[tuple[int, int, int]]:
-        """Tiles first ... last - 1 as runs of evenly spaced origins: (first tile, count, step)."""
-        found: list[tuple[int, int, int]] = []
-        start = first
-        while start < last:
-            step = self.origins[start + 1] - self.origins[start] if start + 1 < last else 0
-            end = start + 1
-            while end < last and self.origins[end] - self.origins[end - 1] == step:
-                end += 1
-            found.append((start, end - start, step))
-            start = end
-        return found
 
 
 def cut(length: int, classes: int, tile: int, ranges: Sequence[Sequence[range]]) -> Axis:
@@ -98,109 +77,143 @@ def cut(length: int, classes: int, tile: int, ranges: Sequence[Sequence[range]])
         tile: queries per tile.
         ranges: for each class the keys that each of its queries sees, in positions of the class.
     """
-    size = -(-length // classes)
-    count = -(-size // tile)
-    halo, firsts = 1, []
-    for t in range(count):
-        rows = [r for row in ranges for r in row[t * tile : (t + 1) * tile]]
-        firsts.append(min(r.start for r in rows))
-        halo = max(halo, max(r.stop for r in rows) - firsts[-1])
-    origins = tuple(max(0, min(first, size - halo)) for first in firsts)
-    patterns: dict[Pattern, int] = {}
+    tiles = -(-len(ranges[0]) // tile)
+    bounds = [
+        (key_range.start - query // tile * tile, key_range.stop - query // tile * tile)
+        for row in ranges
+        for query, key_range in enumerate(row)
+    ]
+    before = -min(start for start, _ in bounds)
+    halo = max(stop for _, stop in bounds) + before
+    patterns: dict[tuple[tuple[int, int], ...], int] = {}
     which = []
     for row in ranges:
         ids = []
-        for t, origin in enumerate(origins):
-            queries = row[t * tile : (t + 1) * tile]
-            seen = [(r.start - origin, r.stop - origin) for r in queries]
+        for t in range(tiles):
+            origin = t * tile - before
+            seen = [(r.start - origin, r.stop - origin) for r in row[t * tile : (t + 1) * tile]]
             seen += [(0, 1)] * (tile - len(seen))  # no query: any finite result will do
-            pattern = Pattern(tuple(seen), origin - t * tile)
-            ids.append(patterns.setdefault(pattern, len(patterns)))
+            ids.append(patterns.setdefault(tuple(seen), len(patterns)))
         which.append(tuple(ids))
-    return Axis(length, classes, tile, halo, origins, tuple(patterns), tuple(which))
+    return Axis(length, classes, tile, tiles, before, halo, tuple(patterns), tuple(which))
 
 
 LEAD = 2  # grids and tiles begin with (images, heads)
 
 
-def _blocks(x: Tensor, grid: Tensor, axes: Sequence[Axis]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of views of one shape, of the map `x` and of its grid, that cover the map."""
+def map_views(
+    x: Tensor, grid: Tensor, axes: Sequence[Axis], keys: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of views of one shape, of a map and of its grid of queries or keys, that cover the map.
+
+    The map is `(images, heads, *spatial, channels)`; a grid is class-major,
+    `(images, heads, *classes, *positions, channels)`.
+    """
     rank = len(axes)
     positions = [LEAD + 2 * i for i in range(rank)]
     residues = [position + 1 for position in positions]
     for choice in itertools.product(*(axis.pieces() for axis in axes)):
         source, target = x, grid
-        for i, (tokens, first, classes) in enumerate(choice):
-            source = source.narrow(LEAD + 2 * i, tokens.start, tokens.stop - tokens.start)
+        for i, (token, tokens, first, classes) in enumerate(choice):
+            source = source.narrow(LEAD + 2 * i, token, tokens)
             source = source.unflatten(LEAD + 2 * i, (-1, classes))
             target = target.narrow(LEAD + i, 0, classes)
-            target = target.narrow(LEAD + rank + i, first, source.shape[LEAD + 2 * i])
+            first += axes[i].before if keys else 0
+            target = target.narrow(LEAD + rank + i, first, tokens // classes)
         yield source.permute(0, 1, *residues, *positions, source.dim() - 1), target
 
 
-def to_grid(x: Tensor, grid: Tensor, axes: Sequence[Axis]) -> None:
-    """Copy the map `(images, heads, *spatial, channels)` into its grid, class-major.
+def tile_view(
+    grid: Tensor, axes: Sequence[Axis], band: tuple[int, int], sizes: Sequence[int]
+) -> Tensor:
+    """View of a grid as `(images, heads, *classes, *tiles, *sizes, channels)`.
 
-    A grid is `(images, heads, *classes, *positions, channels)` with whole tiles of positions;
-    those beyond the map are left as they are.
+    `band` is the first tile, and the one after the last, of the first axis; tiles that are larger
+    than their spacing overlap.
     """
-    for source, target in _blocks(x, grid, axes):
-        target.copy_(source)
-
-
-def from_grid(grid: Tensor, x: Tensor, axes: Sequence[Axis]) -> None:
-    """Copy a grid into the map `(images, heads, *spatial, channels)`."""
-    for target, source in _blocks(x, grid, axes):
-        target.copy_(source)
-
-
-def query_tiles(grid: Tensor, axes: Sequence[Axis], band: tuple[int, int]) -> Tensor:
-    """View of a grid as `(images, heads, *classes, *tiles, *tile, channels)`.
-
-    `band` is the first tile, and the one after the last, of the first axis.
-    """
-    rank = len(axes)
-    place = LEAD + rank
-    grid = grid.narrow(place, band[0] * axes[0].tile, (band[1] - band[0]) * axes[0].tile)
-    for i, axis in enumerate(axes):
-        grid = grid.unflatten(place + 2 * i, (-1, axis.tile))
-    counts = [place + 2 * i for i in range(rank)]
-    inner = [count + 1 for count in counts]
-    return grid.permute(*range(place), *counts, *inner, grid.dim() - 1)
-
-
-def gather_halos(grid: Tensor, out: Tensor, axes: Sequence[Axis], band: tuple[int, int]) -> None:
-    """Copy the halos of a band into `out`, `(images, heads, *classes, *tiles, *halo, channels)`."""
     place = LEAD + len(axes)
     strides = grid.stride()
-    outer, inner = strides[:place], strides[place:-1]
-    limits = [band, *((0, axis.tiles) for axis in axes[1:])]
-    for choice in itertools.product(*(a.runs(*limit) for a, limit in zip(axes, limits))):
-        target, offset, steps, counts = out, grid.storage_offset(), [], []
-        for i, (first, count, step) in enumerate(choice):
-            target = target.narrow(place + i, first - limits[i][0], count)
-            offset += axes[i].origins[first] * inner[i]
-            steps.append(step * inner[i])
-            counts.append(count)
-        shape = (*grid.shape[:place], *counts, *(axis.halo for axis in axes), grid.shape[-1])
-        target.copy_(grid.as_strided(shape, (*outer, *steps, *inner, strides[-1]), offset))
+    inner = strides[place:-1]
+    counts = (band[1] - band[0], *(axis.tiles for axis in axes[1:]))
+    steps = (axis.tile * stride for axis, stride in zip(axes, inner))
+    return grid.as_strided(
+        (*grid.shape[:place], *counts, *sizes, grid.shape[-1]),
+        (*strides[:place], *steps, *inner, strides[-1]),
+        grid.storage_offset() + band[0] * axes[0].tile * inner[0],
+    )
 
 
-def add_halos(halos: Tensor, grid: Tensor, axes: Sequence[Axis], band: tuple[int, int]) -> None:
-    """Add every halo of a band back to where `gather_halos` took it from, axis by axis."""
-    rank = len(axes)
-    for i, axis in enumerate(axes):
-        place = LEAD + rank + i
-        halos = halos.movedim(place + rank - i, place + 1)  # tiles and halo of this axis adjoin
-        total = grid
-        if i < rank - 1:
-            shape = list(halos.shape)
-            shape[place : place + 2] = [grid.shape[place]]
-            total = grid.new_zeros(shape)
-        first, last = band if i == 0 else (0, axis.tiles)
-        for t in range(first, last):
-            total.narrow(place, axis.origins[t], axis.halo).add_(halos.select(place, t - first))
-        halos = total
+def fold(total: Tensor, halos: Tensor, axis: Axis, place: int, *, fresh: bool) -> None:
+    """Add up the halos of one axis; `fresh` says that `total` holds nothing to keep.
+
+    `total` has the positions of the axis at dimension `place`, `halos` its tiles and halo there.
+    Halos overlap, so they are added in slices as long as their spacing, which do not.
+    """
+    strides = list(total.stride())
+    strides[place : place + 1] = axis.tile * strides[place], strides[place]
+    count = halos.shape[place]
+    for begin in range(0, axis.halo, axis.tile):
+        width = min(axis.tile, axis.halo - begin)
+        shape = (*total.shape[:place], count, width, *total.shape[place + 1 :])
+        offset = total.storage_offset() + begin * total.stride(place)
+        part = total.as_strided(shape, strides, offset)
+        source = halos.narrow(place + 1, begin, width)
+        if begin or not fresh:
+            part.add_(source)
+        else:
+            part.copy_(source)
+            covered = (count - 1) * axis.tile + width
+            total.narrow(place, covered, total.shape[place] - covered).zero_()
+
+
+class Patterns:
+    """The distinct patterns of all axes together, as tensors."""
+
+    def __init__(self, axes: Sequence[Axis], device: torch.device) -> None:
+        rank = len(axes)
+        self.axes = axes
+        self.device = device
+        inside = torch.ones((), dtype=torch.bool, device=device)
+        self.offsets: list[Tensor] = []  # per axis: key minus query
+        for i, axis in enumerate(axes):
+            seen = torch.tensor(axis.patterns, device=device)
+            key = torch.arange(axis.halo, device=device)
+            query = torch.arange(axis.tile, device=device)[:, None]
+            shape = [1] * (3 * rank)
+            shape[i::rank] = len(axis.patterns), axis.tile, axis.halo
+            inside = inside & ((key >= seen[..., :1]) & (key < seen[..., 1:])).view(shape)
+            shape[i] = 1
+            self.offsets.append((key - axis.before - query).view(shape))
+        self.outside = ~inside.reshape(  # (patterns, queries, keys)
+            *(math.prod(inside.shape[i * rank : (i + 1) * rank]) for i in range(3))
+        )
+        self.all_inside = not bool(self.outside.any())
+        self.which = functools.cache(self._which)
+
+    def _which(self, band: tuple[int, int], strips: bool = False) -> Tensor:
+        """The pattern of every (class, tile) of a band, flattened.
+
+        With `strips`, tiles of the first axis come last.
+        """
+        rank = len(self.axes)
+        index = torch.zeros((), dtype=torch.long, device=self.device)
+        for i, axis in enumerate(self.axes):
+            first, last = band if i == 0 else (0, axis.tiles)
+            rows = torch.tensor([row[first:last] for row in axis.which], device=self.device)
+            shape = [1] * (2 * rank)
+            shape[i::rank] = rows.shape
+            index = index * len(axis.patterns) + rows.view(shape)
+        return (index.movedim(rank, -1) if strips else index).flatten()
+
+    def bias_index(self, bias: Tensor) -> list[Tensor]:
+        """Indices into a bias table `(num_heads, 2 * reach + 1, ...)`, one per axis."""
+        return [
+            (offset + size // 2).clamp(0, size - 1)
+            for offset, size in zip(self.offsets, bias.shape[1:])
+        ]
+
+
+_patterns = functools.lru_cache(maxsize=128)(Patterns)
 
 
 class Additive:
@@ -209,83 +222,86 @@ class Additive:
     Tiles that look alike share a pattern, so both are made once per pattern and then copied.
     """
 
-    def __init__(self, axes: Sequence[Axis], bias: Tensor | None, like: Tensor) -> None:
-        rank = len(axes)
-        device = like.device
-        self.axes = axes
-        inside = torch.ones((), dtype=torch.bool, device=device)
-        self.offsets: list[Tensor] = []  # per axis: index into the bias table
-        for i, axis in enumerate(axes):
-            seen = torch.tensor([pattern.seen for pattern in axis.patterns], device=device)
-            shift = torch.tensor([pattern.shift for pattern in axis.patterns], device=device)
-            key = torch.arange(axis.halo, device=device)
-            query = torch.arange(axis.tile, device=device)
-            shape = [1] * (3 * rank)
-            shape[i::rank] = len(axis.patterns), axis.tile, axis.halo
-            inside = inside & ((key >= seen[..., :1]) & (key < seen[..., 1:])).view(shape)
-            if bias is not None:
-                last = bias.shape[1 + i] - 1
-                offset = shift[:, None, None] + key - query[:, None] + last // 2
-                self.offsets.append(offset.clamp(0, last).view(shape))
-        self.inside = inside.reshape(
-            *(math.prod(inside.shape[i * rank : (i + 1) * rank]) for i in range(3))
-        )
-        base = like.new_zeros((1, *self.inside.shape))
-        if bias is not None:
-            base = bias[(slice(None), *self.offsets)].reshape(-1, *self.inside.shape)
-        self.table = base.to(like.dtype).masked_fill(~self.inside, NEGATIVE)
-        self.needed = bias is not None or not bool(self.inside.all())
+    def __init__(self, plan: Plan, bias: Tensor | None, like: Tensor) -> None:
+        self.work = plan.work
+        self.patterns = _patterns(tuple(plan.axes), like.device)
+        outside = self.patterns.outside
+        self.needed = bias is not None or not self.patterns.all_inside
+        if bias is None:
+            table = like.new_zeros((1, *outside.shape))
+        else:
+            table = bias[(slice(None), *self.patterns.bias_index(bias))].to(like.dtype)
+            table = table.reshape(-1, 1, *outside.shape[1:])
+        self.table = table.masked_fill(outside, NEGATIVE)
         self._bands: dict[tuple[Any, ...], Tensor] = {}
 
-    def which(self, band: tuple[int, int]) -> Tensor:
-        """The pattern of every (class, tile) of a band, flattened."""
-        rank = len(self.axes)
-        index = torch.zeros((), dtype=torch.long)
-        for i, axis in enumerate(self.axes):
-            first, last = band if i == 0 else (0, axis.tiles)
-            rows = torch.tensor([row[first:last] for row in axis.which])
-            shape = [1] * (2 * rank)
-            shape[i::rank] = rows.shape
-            index = index * len(axis.patterns) + rows.view(shape)
-        return index.flatten().to(self.table.device)
-
-    def band(self, band: tuple[int, int]) -> Tensor:
+    def band(self, band: tuple[int, int], strips: bool = False) -> Tensor:
         """`(num_heads or 1, classes and tiles, queries, keys)` of a band."""
-        alike = tuple(row[slice(*band)] for row in self.axes[0].which)
+        alike = tuple(row[slice(*band)] for row in self.patterns.axes[0].which)
         if alike not in self._bands:
-            self._bands[alike] = self.table.index_select(1, self.which(band))
+            which = self.patterns.which(band, strips)
+            shape = (self.table.shape[0], *which.shape, *self.table.shape[2:])
+            name = f"additive {len(self._bands)}"
+            self._bands[alike] = torch.index_select(
+                self.table, 1, which, out=self.work.take(name, shape, self.table.dtype)
+            )
         return self._bands[alike]
+
+    def strips(self, band: tuple[int, int], head: int) -> Tensor | None:
+        """`(strips, tiles of the first axis, queries, keys)` for one head, if there is a need."""
+        if not self.needed:
+            return None
+        table = self.band(band, strips=True)
+        return table[head % table.shape[0]].unflatten(0, (-1, band[1] - band[0]))
 
     def grad_bias(self, grad: Tensor, bias: Tensor) -> Tensor:
         """The gradient of the bias from that of `table`, `(num_heads, patterns, queries, keys)`."""
-        grad = grad.masked_fill(~self.inside, 0)
-        shape = torch.broadcast_shapes(*(offset.shape for offset in self.offsets))
-        heads = torch.arange(grad.shape[0], device=grad.device).view(-1, *[1] * len(shape))
-        index = (heads, *(offset.expand(shape) for offset in self.offsets))
+        grad = grad.masked_fill(self.patterns.outside, 0)
+        offsets = torch.broadcast_tensors(*self.patterns.bias_index(bias))
+        heads = torch.arange(grad.shape[0], device=grad.device).view(-1, *[1] * offsets[0].dim())
         return grad.new_zeros(bias.shape).index_put_(
-            index, grad.view(-1, *shape), accumulate=True
+            (heads, *offsets), grad.sum(1).view(-1, *offsets[0].shape), accumulate=True
         )
 
 
 class Workspace:
-    """Buffers that are made once and reused by every chunk, so that they stay in cache."""
+    """Buffers that every chunk reuses, so that they stay in cache.
+
+    Small ones on a CPU are kept for the thread's next call: a fresh buffer costs a page fault for
+    every 4 KiB, as much as what is done with it.
+    """
+
+    KEPT = 1 << 22  # bytes of the largest buffer that is kept
+    _kept = threading.local()
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        # Tensors of inference mode may not be written to outside of it.
+        key = f"buffers{torch.is_inference_mode_enabled()}"
+        if like.device.type == "cpu":
+            self._buffers = self._kept.__dict__.setdefault(key, {})
 
-    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-        """A contiguous tensor; zeros at first, later whatever was left in it."""
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor that holds whatever was left in it."""
         size = math.prod(shape)
-        if name not in self._buffers or self._buffers[name].numel() < size:
-            self._buffers[name] = self._like.new_zeros(size, dtype=dtype)
-        return self._buffers[name][:size].view(shape)
+        buffer = self._buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[name, dtype] = self._like.new_empty(size, dtype=dtype)
+        return buffer[:size].view(shape)
+
+    def close(self) -> None:
+        """Let go of large buffers."""
+        for key, buffer in list(self._buffers.items()):
+            if buffer.nbytes > self.KEPT:
+                del self._buffers[key]
 
 
-# Scores of one chunk. On a CPU they should stay in the second-level cache; elsewhere few large
-# launches are better.
-CPU_CHUNK = 1 << 18
-DEVICE_CHUNK = 1 << 26
+# Bytes of the scores of one chunk. On a CPU they should stay in the second-level cache; elsewhere
+# few large launches are better.
+CPU_CHUNK = 1 << 20
+DEVICE_CHUNK = 1 << 28
+STRIPS_PAY = 48  # tiles of a head
 
 
 @dataclass(frozen=True)
@@ -313,75 +329,167 @@ class Chunk:
 class Plan:
     """How one call is cut up: bands of tiles of the first axis, and chunks of images and heads."""
 
-    def __init__(self, query: Tensor, axes: Sequence[Axis]) -> None:
+    def __init__(self, query: Tensor, axes: Sequence[Axis], *, strips: bool = False) -> None:
         self.axes = axes
         self.classes = tuple(axis.classes for axis in axes)
-        self.positions = tuple(axis.tiles * axis.tile for axis in axes)
         self.tile = tuple(axis.tile for axis in axes)
         self.halo = tuple(axis.halo for axis in axes)
         limit = CPU_CHUNK if query.device.type == "cpu" else DEVICE_CHUNK
-        row = math.prod(self.classes) * math.prod(axis.tiles for axis in axes[1:])
-        row *= math.prod(self.tile) * math.prod(self.halo)
-        count = axes[0].tiles
-        step = min(count, max(1, limit // row))
-        self.bands = [(first, min(first + step, count)) for first in range(0, count, step)]
-        pairs = max(1, limit // (row * step))
         batch, num_heads = query.shape[0], query.shape[-2]
-        heads = min(pairs, num_heads)
-        images = max(1, pairs // num_heads)
+        count = axes[0].tiles
+        row = self._scores_of_a_row() * query.element_size()
+        # Several heads of an image together, if they fit: in memory they lie side by side.
+        if strips:  # no scores are stored: only the grids and the mask count
+            grid = math.prod(axis.classes * axis.keys for axis in axes) * query.shape[-1]
+            heads, images = min(num_heads, max(1, limit // (grid * query.element_size()))), 1
+            step = min(count, max(1, 4 * limit // row))
+        else:
+            heads = min(num_heads, max(1, limit // row))
+            step = min(count, max(1, limit // (row * heads)))
+            images = max(1, limit // (row * heads * step))
+        self.bands = [(first, min(first + step, count)) for first in range(0, count, step)]
         self.chunks = [
             Chunk(slice(b, min(b + images, batch)), slice(h, min(h + heads, num_heads)))
             for b in range(0, batch, images)
             for h in range(0, num_heads, heads)
         ]
         self.work = Workspace(query)
+        # Where nothing is dilated and whole tiles fit, a map is a grid of queries already.
+        self.plain = all(axis.classes == 1 and axis.queries == axis.length for axis in axes)
+        self._cleared: set[str] = set()
 
-    def empty_grid(self, name: str, pairs: Sequence[int], channels: int, dtype: Any) -> Tensor:
-        return self.work.take(name, (*pairs, *self.classes, *self.positions, channels), dtype)
+    def _scores_of_a_row(self) -> int:
+        """Scores of one row of tiles, of all classes, of one head."""
+        tiles = math.prod(axis.classes for axis in self.axes)
+        tiles *= math.prod(axis.tiles for axis in self.axes[1:])
+        return tiles * math.prod(self.tile) * math.prod(self.halo)
 
-    def grid(self, name: str, x: Tensor) -> Tensor:
-        """The map `(images, heads, *spatial, channels)` as a grid."""
-        grid = self.empty_grid(name, x.shape[:LEAD], x.shape[-1], x.dtype)
-        to_grid(x, grid, self.axes)
+    def grid(self, name: str, x: Tensor, dtype: torch.dtype, *, keys: bool = False) -> Tensor:
+        """A grid for the map `(images, heads, *spatial, channels)`, without its contents.
+
+        Positions beyond the map are zero, or as the last user of the name in this plan left them.
+        """
+        positions = (axis.keys if keys else axis.queries for axis in self.axes)
+        shape = (*x.shape[:LEAD], *self.classes, *positions, x.shape[-1])
+        grid = self.work.take(name, shape, dtype)
+        if name not in self._cleared:
+            self._cleared.add(name)
+            grid.zero_()
         return grid
+
+    def keys_of(self, name: str, x: Tensor) -> Tensor:
+        """The map as a grid of keys."""
+        grid = self.grid(name, x, x.dtype, keys=True)
+        for source, target in map_views(x, grid, self.axes, keys=True):
+            target.copy_(source)
+        return grid
+
+    def queries_of(self, name: str, x: Tensor, *, fill: bool = True) -> Tensor:
+        """The map as a grid of queries, a view of it where that is possible."""
+        if self.plain:
+            return x[(slice(None), slice(None), *(None for _ in self.axes))]
+        grid = self.grid(name, x, x.dtype)
+        if fill:
+            for source, target in map_views(x, grid, self.axes, keys=False):
+                target.copy_(source)
+        return grid
+
+    def finish(self, grid: Tensor, x: Tensor, *, keys: bool = False) -> None:
+        """Copy a grid into the map it was made for, unless it is a view of it."""
+        if keys or not self.plain:
+            for target, source in map_views(x, grid, self.axes, keys):
+                target.copy_(source)
 
     def queries(self, name: str, grid: Tensor, band: tuple[int, int]) -> Tensor:
         """The query tiles of a band: `(pairs * classes * tiles, queries, channels)`."""
-        view = query_tiles(grid, self.axes, band)
-        tiles = self.work.take(name, view.shape, grid.dtype)
-        tiles.copy_(view)
+        view = tile_view(grid, self.axes, band, self.tile)
+        tiles = self.work.take(name, view.shape, grid.dtype).copy_(view)
         return tiles.view(-1, math.prod(self.tile), grid.shape[-1])
+
+    def put_queries(self, tiles: Tensor, grid: Tensor, band: tuple[int, int]) -> None:
+        view = tile_view(grid, self.axes, band, self.tile)
+        view.copy_(tiles.view(view.shape))
 
     def keys(self, name: str, grid: Tensor, band: tuple[int, int]) -> Tensor:
         """The halos of a band: `(pairs * classes * tiles, keys, channels)`."""
-        tiles = self.work.take(name, self._halo_shape(grid, band), grid.dtype)
-        gather_halos(grid, tiles, self.axes, band)
-        return tiles.view(-1, math.prod(self.halo), grid.shape[-1])
+        view = tile_view(grid, self.axes, band, self.halo)
+        halos = self.work.take(name, view.shape, grid.dtype).copy_(view)
+        return halos.view(-1, math.prod(self.halo), grid.shape[-1])
 
-    def put_queries(self, tiles: Tensor, grid: Tensor, band: tuple[int, int]) -> None:
-        view = query_tiles(grid, self.axes, band)
-        view.copy_(tiles.view(view.shape))
+    def strips(self, name: str, grid: Tensor) -> list[Tensor]:
+        """The keys of every band, `(strips of all pairs, tiles, keys, channels)`.
+
+        A strip has all positions of the first axis and one halo of the others, so that the keys of
+        a tile are a matrix inside it; these overlap.
+        """
+        rank = len(self.axes)
+        place = LEAD + rank
+        strides, channels = grid.stride(), grid.shape[-1]
+        inner = strides[place:-1]
+        steps = (axis.tile * stride for axis, stride in zip(self.axes[1:], inner[1:]))
+        tiles = (axis.tiles for axis in self.axes[1:])
+        shape = (*grid.shape[:place], *tiles, self.axes[0].keys, *self.halo[1:], channels)
+        view = grid.as_strided(shape, (*strides[:place], *steps, *inner, 1), grid.storage_offset())
+        strips = self.work.take(name, shape, grid.dtype).copy_(view)
+        row = math.prod(self.halo[1:]) * channels
+        length = self.axes[0].keys * row
+        return [
+            strips.as_strided(
+                (strips.numel() // length, last - first, math.prod(self.halo), channels),
+                (length, self.tile[0] * row, channels, 1),
+                first * self.tile[0] * row,
+            )
+            for first, last in self.bands
+        ]
+
+    def strip_queries(self, grid: Tensor, band: tuple[int, int]) -> Tensor:
+        """View of a grid `(images, heads, *classes, *other tiles, tiles, *tile, channels)`."""
+        place = LEAD + len(self.axes)
+        strides = grid.stride()
+        inner = strides[place:-1]
+        first, *other = (axis.tile * stride for axis, stride in zip(self.axes, inner))
+        tiles = (*(axis.tiles for axis in self.axes[1:]), band[1] - band[0])
+        return grid.as_strided(
+            (*grid.shape[:place], *tiles, *self.tile, grid.shape[-1]),
+            (*strides[:place], *other, first, *inner, strides[-1]),
+            grid.storage_offset() + band[0] * first,
+        )
 
     def add_keys(self, tiles: Tensor, grid: Tensor, band: tuple[int, int]) -> None:
-        add_halos(tiles.view(self._halo_shape(grid, band)), grid, self.axes, band)
-
-    def _halo_shape(self, grid: Tensor, band: tuple[int, int]) -> tuple[int, ...]:
-        counts = (band[1] - band[0], *(axis.tiles for axis in self.axes[1:]))
-        return (*grid.shape[: LEAD + len(self.axes)], *counts, *self.halo, grid.shape[-1])
+        """Add halos back to where `keys` took them from, one axis after the other."""
+        rank = len(self.axes)
+        halos = tiles.view(tile_view(grid, self.axes, band, self.halo).shape)
+        first, count = band[0] * self.tile[0], band[1] - band[0]
+        grid = grid.narrow(LEAD + rank, first, (count - 1) * self.tile[0] + self.halo[0])
+        for i, axis in enumerate(self.axes):
+            place = LEAD + rank + i
+            halos = halos.movedim(place + rank - i, place + 1)  # beside the axis's tiles
+            last = i == rank - 1
+            total = grid
+            if not last:
+                shape = list(halos.shape)
+                shape[place : place + 2] = [grid.shape[place]]
+                total = self.work.take(f"fold {i}", shape, grid.dtype)
+            fold(total, halos, axis, place, fresh=not last or len(self.bands) == 1)
+            halos = total
 
     def weights(
-        self, query: Tensor, key: Tensor, additive: Additive, chunk: Chunk, band: tuple[int, int]
+        self,
+        query: Tensor,
+        key: Tensor,
+        additive: Additive,
+        scale: float,
+        chunk: Chunk,
+        band: tuple[int, int],
     ) -> Tensor:
         """Softmax of the scores of tiles, in the buffer "weights"."""
         shape = (query.shape[0], query.shape[1], key.shape[1])
-        scores = torch.bmm(
-            query, key.transpose(1, 2), out=self.work.take("scores", shape, query.dtype)
-        )
+        scores = self.work.take("scores", shape, query.dtype)
         if additive.needed:
             table = additive.band(band)
-            if table.shape[0] > 1:
-                table = table[chunk.heads]
-            scores.view(*chunk.pairs, -1, *shape[1:]).add_(table)
+            table = table[chunk.heads] if table.shape[0] > 1 else table
+            scores.view(*chunk.pairs, -1, *shape[1:]).copy_(table)
+        scores.baddbmm_(query, key.mT, beta=1 if additive.needed else 0, alpha=scale)
         return torch.softmax(scores, -1, out=self.work.take("weights", shape, query.dtype))
 
 
@@ -406,25 +514,87 @@ def attend(
     Returns:
         `(B, *spatial, num_heads, value_dim)`.
     """
-    plan = Plan(query, axes)
-    additive = Additive(axes, bias, query)
-    group = query.shape[-2] // key.shape[-2]
     output = query.new_empty(*query.shape[:-1], value.shape[-1])
+    # The fused attention of CPUs is slow in half precision and on a few small tiles.
+    strips = (
+        query.device.type == "cpu"
+        and query.dtype in (torch.float32, torch.float64)
+        and value.shape[-1] == query.shape[-1]
+        and math.prod(axis.classes * axis.tiles for axis in axes) >= STRIPS_PAY
+    )
+    plan = Plan(query, axes, strips=strips)
+    additive = Additive(plan, bias, query)
+    run = _attend_strips if strips else _attend_tiles
+    run(plan, additive, query, key, value, output, scale)
+    plan.work.close()
+    return output
+
+
+def _attend_tiles(
+    plan: Plan,
+    additive: Additive,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    scale: float,
+) -> None:
+    """Batched products of copied halos."""
+    group = query.shape[-2] // key.shape[-2]
     for chunk in plan.chunks:
-        query_grid = plan.grid("query grid", chunk.of(query)).mul_(scale)
-        key_grid = plan.grid("key grid", chunk.of(key, group))
-        value_grid = plan.grid("value grid", chunk.of(value, group))
-        result = plan.empty_grid("output grid", chunk.pairs, value.shape[-1], query.dtype)
+        query_grid = plan.queries_of("query grid", chunk.of(query))
+        key_grid = plan.keys_of("key grid", chunk.of(key, group))
+        value_grid = plan.keys_of("value grid", chunk.of(value, group))
+        result = plan.queries_of("output grid", chunk.of(output), fill=False)
         for band in plan.bands:
             q = plan.queries("query", query_grid, band)
             k = plan.keys("key", key_grid, band)
             v = plan.keys("value", value_grid, band)
-            weights = plan.weights(q, k, additive, chunk, band)
+            weights = plan.weights(q, k, additive, scale, chunk, band)
             shape = (*q.shape[:2], v.shape[2])
             tiles = torch.bmm(weights, v, out=plan.work.take("output", shape, query.dtype))
             plan.put_queries(tiles, result, band)
-        from_grid(result, chunk.of(output), axes)
-    return output
+        plan.finish(result, chunk.of(output))
+
+
+def _attend_strips(
+    plan: Plan,
+    additive: Additive,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    scale: float,
+) -> None:
+    """The CPU's fused attention on strips, in which the halos of the first axis overlap.
+
+    A strip holds all positions of the first axis and one halo of the others, so that the keys of
+    a tile are a matrix inside it: nothing is copied along the first axis, no scores are stored.
+    """
+    group = query.shape[-2] // key.shape[-2]
+    for chunk in plan.chunks:
+        query_grid = plan.queries_of("query grid", chunk.of(query))
+        key_grid = plan.keys_of("key grid", chunk.of(key, group))
+        value_grid = plan.keys_of("value grid", chunk.of(value, group))
+        result = plan.queries_of("output grid", chunk.of(output), fill=False)
+        for image, head in itertools.product(*map(range, chunk.pairs)):
+            pair = slice(image, image + 1), slice(head, head + 1)
+            query_pair, result_pair = query_grid[pair], result[pair]
+            keys = plan.strips("key", key_grid[pair])
+            values = plan.strips("value", value_grid[pair])
+            for band, k, v in zip(plan.bands, keys, values):
+                source = plan.strip_queries(query_pair, band)
+                q = plan.work.take("query", source.shape, query.dtype).copy_(source)
+                tiles, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    q.view(*k.shape[:2], -1, k.shape[-1]),
+                    k,
+                    v,
+                    attn_mask=additive.strips(band, chunk.heads.start + head),
+                    scale=scale,
+                )
+                target = plan.strip_queries(result_pair, band)
+                target.copy_(tiles.view(target.shape))
+        plan.finish(result, chunk.of(output))
 
 
 def attend_backward(
@@ -443,57 +613,58 @@ def attend_backward(
     tiles are kept in float32 at least.
     """
     plan = Plan(query, axes)
-    additive = Additive(axes, bias, query)
+    additive = Additive(plan, bias, query)
     work, dtype = plan.work, query.dtype
     wide = torch.promote_types(dtype, torch.float32)
     group = query.shape[-2] // key.shape[-2]
-    grad_query = query.new_empty(query.shape)
     heads = query.shape[-2:-1]
+    grad_query = query.new_empty(query.shape)
     grad_key = key.new_empty(*key.shape[:-2], *heads, key.shape[-1])
     grad_value = value.new_empty(*value.shape[:-2], *heads, value.shape[-1])
     if bias_needs_grad:
         grad_table = additive.table.new_zeros(additive.table.shape, dtype=wide)
     for chunk in plan.chunks:
-        query_grid = plan.grid("query grid", chunk.of(query)).mul_(scale)
-        key_grid = plan.grid("key grid", chunk.of(key, group))
-        value_grid = plan.grid("value grid", chunk.of(value, group))
-        # Beyond the map it must be zero, or queries that do not exist would send gradients.
-        grad_grid = plan.grid("grad grid", chunk.of(grad))
-        query_total = plan.empty_grid("query total", chunk.pairs, query.shape[-1], dtype)
-        key_total = plan.empty_grid("key total", chunk.pairs, key.shape[-1], wide).zero_()
-        value_total = plan.empty_grid("value total", chunk.pairs, value.shape[-1], wide).zero_()
+        query_grid = plan.queries_of("query grid", chunk.of(query))
+        key_grid = plan.keys_of("key grid", chunk.of(key, group))
+        value_grid = plan.keys_of("value grid", chunk.of(value, group))
+        # Zero beyond the map, so that queries that do not exist send no gradient.
+        grad_grid = plan.queries_of("grad grid", chunk.of(grad))
+        query_total = plan.queries_of("query total", chunk.of(grad_query), fill=False)
+        key_total = plan.grid("key total", chunk.of(grad_key), wide, keys=True)
+        value_total = plan.grid("value total", chunk.of(grad_value), wide, keys=True)
+        if len(plan.bands) > 1:
+            key_total.zero_()
+            value_total.zero_()
         for band in plan.bands:
             q = plan.queries("query", query_grid, band)
             k = plan.keys("key", key_grid, band)
             v = plan.keys("value", value_grid, band)
             g = plan.queries("grad", grad_grid, band)
-            weights = plan.weights(q, k, additive, chunk, band)
-            halo = torch.bmm(weights.transpose(1, 2), g, out=work.take("grad halo", v.shape, dtype))
+            weights = plan.weights(q, k, additive, scale, chunk, band)
+            halo = torch.bmm(weights.mT, g, out=work.take("grad value", v.shape, dtype))
             plan.add_keys(halo, value_total, band)
-            grad_weights = torch.bmm(
-                g, v.transpose(1, 2), out=work.take("scores", weights.shape, dtype)
-            )
             grad_scores = torch._softmax_backward_data(
-                grad_weights,
+                torch.bmm(g, v.mT, out=work.take("scores", weights.shape, dtype)),
                 weights,
                 -1,
                 dtype,
                 grad_input=work.take("grad scores", weights.shape, dtype),
             )
             halo = torch.bmm(
-                grad_scores.transpose(1, 2), q, out=work.take("grad halo", k.shape, dtype)
+                grad_scores.mT, q.mul_(scale), out=work.take("grad key", k.shape, dtype)
             )
             plan.add_keys(halo, key_total, band)
             tiles = torch.bmm(grad_scores, k, out=work.take("output", q.shape, dtype))
-            plan.put_queries(tiles, query_total, band)
+            plan.put_queries(tiles.mul_(scale), query_total, band)
             if bias_needs_grad:
                 grad_scores = grad_scores.view(*chunk.pairs, -1, *weights.shape[1:])
                 grad_table[chunk.heads].index_add_(
-                    1, additive.which(band), grad_scores.sum(0, dtype=wide)
+                    1, additive.patterns.which(band), grad_scores.sum(0, dtype=wide)
                 )
-        from_grid(query_total.mul_(scale), chunk.of(grad_query), axes)
-        from_grid(key_total, chunk.of(grad_key), axes)
-        from_grid(value_total, chunk.of(grad_value), axes)
+        plan.finish(query_total, chunk.of(grad_query))
+        for total, target in ((key_total, grad_key), (value_total, grad_value)):
+            plan.finish(total, chunk.of(target), keys=True)
+    work.close()
     if group > 1:
         grad_key = grad_key.unflatten(-2, (-1, group)).sum(-2)
         grad_value = grad_value.unflatten(-2, (-1, group)).sum(-2)

@@ -35,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import vitarium.zoo  # noqa: F401  registers our models
 from vitarium.train.config import TrainConfig, nearest
 from vitarium.train.data import InputConfig
 
@@ -195,8 +196,6 @@ def build_model(
     Raises:
         ValueError: the name is not registered, or the model refuses an argument.
     """
-    import vitarium.zoo  # noqa: F401  registers our models
-
     if not timm.is_model(name.partition(".")[0]):
         raise ValueError(f"model={name!r} is not registered{nearest(name, timm.list_models())}")
     try:

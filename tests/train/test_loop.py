@@ -1,0 +1,287 @@
+"""The training loop: repeatable, resumable at any step, and stopped cleanly."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vitarium.train import Interrupted, TrainConfig, evaluate, resume, train
+from vitarium.train.checkpoint import load_training_state
+from vitarium.train.config import OptimizerConfig
+from vitarium.train.loop import _Run
+
+EPOCHS, STEPS_PER_EPOCH = 3, 3  # of `tiny_config`
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+posix_signals = pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
+
+
+def leaves(state: Any, name: str = "") -> dict[str, Any]:
+    """The tensors and numbers of a nested state, by path."""
+    if isinstance(state, dict):
+        entries = state.items()
+    elif isinstance(state, (list, tuple)):
+        entries = enumerate(state)
+    else:
+        return {name: state}
+    return {k: v for key, value in entries for k, v in leaves(value, f"{name}/{key}").items()}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Both ended with the same weights, optimizer, moving average and metrics, to the last bit."""
+    for file in ("last.training.pt", "best.training.pt"):
+        states = [leaves(load_training_state(run / file)) for run in (one, other)]
+        assert states[0].keys() == states[1].keys()
+        assert sum(isinstance(value, torch.Tensor) for value in states[0].values()) > 100
+        for name, value in states[0].items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, states[1][name]), name
+            elif name != "/seconds":
+                assert value == states[1][name], name
+    for file in ("last.safetensors", "best.safetensors"):
+        weights = [load_file(run / file) for run in (one, other)]
+        assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    assert metrics(one) == metrics(other)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The run's records without the time."""
+    with open(run / "metrics.jsonl") as file:
+        return [{**json.loads(line), "seconds": None} for line in file]
+
+
+def random_states() -> list[Any]:
+    return [random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_config: TrainConfig) -> tuple[Path, list[Any], list[Any]]:
+    """An uninterrupted run, its batches, and the states of all random generators at its end."""
+    batches: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        record_batches(patch, batches)
+        result = train(tiny_config, output=tmp_path_factory.mktemp("whole") / "run")
+    return result.folder, batches, random_states()
+
+
+def record_batches(patch: pytest.MonkeyPatch, batches: list[Any]) -> None:
+    """Note every batch that is trained on."""
+    original = _Run._train_step
+
+    def step(self: _Run, images: torch.Tensor, targets: torch.Tensor) -> float:
+        batches.append((self.step, images.clone(), targets.clone()))
+        return original(self, images, targets)
+
+    patch.setattr(_Run, "_train_step", step)
+
+
+def send_at_step(patch: pytest.MonkeyPatch, at: int, signum: int) -> None:
+    """Send this process a signal while step number `at` runs."""
+    original = _Run._train_step
+
+    def step(self: _Run, images: torch.Tensor, targets: torch.Tensor) -> float:
+        if self.step == at:
+            os.kill(os.getpid(), signum)
+        return original(self, images, targets)
+
+    patch.setattr(_Run, "_train_step", step)
+
+
+def test_a_run_leaves_what_it_says(whole, tiny_config: TrainConfig) -> None:
+    folder = whole[0]
+    assert sorted(os.listdir(folder)) == [
+        "best.safetensors",
+        "best.training.pt",
+        "config.yaml",
+        "curves.png",
+        "last.safetensors",
+        "last.training.pt",
+        "metrics.jsonl",
+        "train.log",
+    ]
+    assert (folder / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    records = metrics(folder)
+    assert [record["step"] for record in records] == [3, 6, 9]
+    assert all(record["total"] == 12 for record in records)
+    assert TrainConfig.from_yaml((folder / "config.yaml").read_text()) == tiny_config
+    log = (folder / "train.log").read_text()
+    assert torch.__version__ in log and "48 training and 12 held-out images" in log
+
+
+def test_the_saved_configuration_repeats_the_run(whole, tmp_path: Path, vitarium) -> None:
+    process = vitarium("train", "--config", whole[0] / "config.yaml", "--output", tmp_path / "run")
+    assert process.returncode == 0, process.stderr
+    assert_same_run(whole[0], tmp_path / "run")
+    assert "epoch   3/3" in process.stdout and "best: epoch" in process.stdout
+
+
+@posix_signals
+@pytest.mark.parametrize("at", [0, 1, 2, 4])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    whole, tiny_config: TrainConfig, tmp_path: Path, monkeypatch, at: int
+) -> None:
+    """Interrupted in the first step, mid-epoch, at the end of an epoch, and mid-epoch later."""
+    folder, all_batches, states = whole
+    batches: list[Any] = []
+    with monkeypatch.context() as patch:
+        record_batches(patch, batches)
+        send_at_step(patch, at, SIGNALS[at % 2])
+        with pytest.raises(Interrupted, match=f"--resume {tmp_path / 'run'}") as stop:
+            train(tiny_config, output=tmp_path / "run")
+        assert stop.value.signum == SIGNALS[at % 2]
+        assert len(batches) == at + 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    torch.manual_seed(at)  # what the interpreter draws between must not matter
+    with monkeypatch.context() as patch:
+        record_batches(patch, batches)
+        result = resume(tmp_path / "run")
+    assert_same_run(folder, result.folder)
+    assert random_states() == states
+    assert [step for step, _, _ in batches] == list(range(EPOCHS * STEPS_PER_EPOCH))
+    for (_, images, targets), (_, expected_images, expected_targets) in zip(batches, all_batches):
+        assert torch.equal(images, expected_images) and torch.equal(targets, expected_targets)
+
+
+@posix_signals
+def test_interrupted_during_evaluation(
+    whole, tiny_config: TrainConfig, tmp_path: Path, monkeypatch
+) -> None:
+    from vitarium.train import loop
+
+    original = loop.score
+
+    def score(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "score", score)
+        with pytest.raises(Interrupted):
+            train(tiny_config, output=tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert_same_run(whole[0], resume(tmp_path / "run").folder)
+
+
+def test_killed_between_checkpoints(whole, tiny_config, tmp_path: Path, monkeypatch) -> None:
+    """A run that dies without a word goes on from its last checkpoint, or from the start."""
+
+    def die_at(step: int) -> Callable[..., float]:
+        original = _Run._train_step
+
+        def train_step(self: _Run, *batch: torch.Tensor) -> float:
+            if self.step == step:
+                raise MemoryError
+            return original(self, *batch)
+
+        return train_step
+
+    run = tmp_path / "run"
+    for step, start in ((2, lambda: train(tiny_config, output=run)), (7, lambda: resume(run))):
+        with monkeypatch.context() as patch:
+            patch.setattr(_Run, "_train_step", die_at(step))
+            with pytest.raises(MemoryError):
+                start()
+    with open(run / "metrics.jsonl", "a") as file:  # written, but the checkpoint after it was not
+        file.write(json.dumps({**metrics(run)[-1], "epoch": 3, "step": 9}) + "\n")
+    assert_same_run(whole[0], resume(run).folder)
+
+
+def test_workers_do_not_change_the_run(whole, tiny_config: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(tiny_config, workers=2)
+    result = train(config, output=tmp_path / "run")
+    assert metrics(result.folder) == metrics(whole[0])
+
+
+def test_another_seed_is_another_run(whole, tiny_config: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(tiny_config, seed=4, epochs=2)
+    result = train(config, output=tmp_path / "run")
+    assert metrics(result.folder)[0]["train_loss"] != metrics(whole[0])[0]["train_loss"]
+
+
+def test_resuming_a_finished_run_changes_nothing(whole) -> None:
+    before = {path.name: path.read_bytes() for path in whole[0].glob("*.safetensors")}
+    result = resume(whole[0])
+    assert result.last["step"] == 9
+    assert {path.name: path.read_bytes() for path in whole[0].glob("*.safetensors")} == before
+
+
+def test_evaluation_repeats_the_recorded_figures(whole) -> None:
+    records = metrics(whole[0])
+    last = evaluate(whole[0] / "last.safetensors", batch_size=5)
+    assert (last.correct, last.total) == (records[-1]["correct"], 12)
+    best = max(records, key=lambda record: (record["correct"], -record["loss"]))
+    assert evaluate(whole[0]).correct == best["correct"]
+    assert evaluate(whole[0]).loss == best["loss"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        tiny_config, optimizer=OptimizerConfig(name="sgd", lr=1e30, clip_grad=None)
+    )
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step \d+ \(epoch"):
+        train(config, output=tmp_path / "run")
+    assert "FloatingPointError" in (tmp_path / "run" / "train.log").read_text()
+    for path in (tmp_path / "run").glob("*.safetensors"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
+
+
+def test_a_run_is_never_written_over(whole, tiny_config: TrainConfig) -> None:
+    before = {path.name: path.read_bytes() for path in whole[0].iterdir()}
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        train(tiny_config, output=whole[0])
+    assert {path.name: path.read_bytes() for path in whole[0].iterdir()} == before
+
+
+def test_resume_refuses_other_data(whole, tiny_config: TrainConfig, tmp_path: Path) -> None:
+    for path in whole[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    changed = dataclasses.replace(tiny_config, data="digits").to_yaml()
+    (tmp_path / "config.yaml").write_text(changed)
+    with pytest.raises(ValueError, match="was trained on"):
+        resume(tmp_path)
+
+
+@posix_signals
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_to_the_command(
+    tiny_config: TrainConfig, tmp_path: Path, vitarium, signum: int, status: int
+) -> None:
+    """The command, its workers included, stopped by a real signal to the whole process group."""
+    config = dataclasses.replace(tiny_config, epochs=6, workers=1)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vitarium.cli.main", "train"]
+        + ["--config", str(tmp_path / "config.yaml"), "--output", str(run)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 240
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.killpg(process.pid, signum)
+    _, stderr = process.communicate(timeout=240)
+    assert process.returncode == status, stderr
+    name = signal.Signals(signum).name
+    assert f"interrupted by {name}" in stderr and f"--resume {run}" in stderr
+    assert "Traceback" not in stderr
+    resumed = vitarium("train", "--resume", run)
+    assert resumed.returncode == 0, resumed.stderr
+    reference = train(config, output=tmp_path / "reference")
+    assert_same_run(reference.folder, run)

@@ -103,9 +103,9 @@ def _positional(function: Function) -> Function:
 
 
 def why_not(setting: Setting, backend: str, device: torch.device) -> str | None:
-    """Why a backend refuses a setting, or None; it is tried with one image."""
+    """Why a backend refuses a setting, or None; it is tried."""
     tensors = {
-        name: torch.zeros((1, *shape[1:]), dtype=DTYPES[setting.dtype], device=device)
+        name: torch.zeros(shape, dtype=DTYPES[setting.dtype], device=device)
         for name, shape in setting.case.shapes.items()
     }
     try:
@@ -133,17 +133,20 @@ class _Inputs:
         on_meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         reference = _backend(setting, "reference")
         self.grad = draw(reference(**on_meta).shape)
-        self.expected = self._reference(reference)
+        self.expected = self._reference(reference, by_image=setting.operator in SUITES)
         self.error_of = "output" if self.forward_only else "output and gradients"
         self.error_of += " against the float64 reference, in its largest element"
 
-    def _reference(self, reference: Function) -> list[Tensor]:
-        """Image by image where every tensor has an image dimension: the definition is dense."""
-        batches = {tensor.shape[0] for tensor in (*self.tensors.values(), self.grad)}
-        size = 1 if len(batches) == 1 else max(batches)
+    def _reference(self, reference: Function, by_image: bool) -> list[Tensor]:
+        """The definition is dense, and takes large maps image by image."""
+        batch = self.grad.shape[0]
+        size = 1 if by_image else batch
         results = []
-        for first in range(0, self.grad.shape[0], size):
-            part = {name: t[first : first + size].double() for name, t in self.tensors.items()}
+        for first in range(0, batch, size):
+            part = {
+                name: (t[first : first + size] if by_image else t).double()
+                for name, t in self.tensors.items()
+            }
             results.append(self._results(reference, part, self.grad[first : first + size].double()))
         return [torch.cat(parts) for parts in zip(*results)]
 

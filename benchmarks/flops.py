@@ -98,7 +98,7 @@ def count(model: str | nn.Module, image_size: int | None = None, batch: int = 1)
         ValueError: no model has this name.
     """
     if isinstance(model, str):
-        model = _on_meta(model, image_size)
+        model = on_meta(model, image_size)
     x = torch.empty(input_shape(model, image_size, batch), device="meta", dtype=_dtype(model))
     activations: Counter[Any] = Counter()
 
@@ -122,7 +122,8 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters()), torch.float32)
 
 
-def _on_meta(name: str, image_size: int | None) -> nn.Module:
+def on_meta(name: str, image_size: int | None = None) -> nn.Module:
+    """`build`, on the meta device."""
     try:
         with torch.device("meta"):
             return build(name, image_size)

@@ -33,7 +33,7 @@ class Suite:
     """Standard settings, peers and floor of an operator.
 
     Attributes:
-        cases: by batch size.
+        cases: by batch size; the first dimension of every tensor counts the images.
         peers: by name.
         floor: from a case, a mode of `MODES`, a data type and a device: a call that takes at
             least as long as any implementation must.

@@ -86,8 +86,8 @@ def _operators_parser() -> ArgumentParser:
     parser = ArgumentParser(
         description="Our implementations of the operators against the floor and against peers, "
         "each checked against the float64 reference first. Records already in the output, of "
-        "this machine, these versions and this commit, are not measured again, so that the same command goes "
-        "on where it ended."
+        "this machine, these versions and this commit, are not measured again, so that the same "
+        "command goes on where it ended."
     )
     parser.add_argument("names", metavar="OPERATOR", type=str, nargs="*", help="all, if none")
     _add_place(parser, threads=1)

@@ -1,0 +1,78 @@
+"""`vitarium bench`: words, options, output."""
+
+import pytest
+
+from vitarium.benchmarks import record
+from vitarium.cli.main import main
+
+
+def test_words_are_models_unless_the_first_says_otherwise(tmp_path, capsys):
+    output = tmp_path / "models.jsonl"
+    options = ["--image-size", "32", "--device", "cpu", "--seconds", "0", "--output", str(output)]
+    assert main(["bench", "resnet18", "--profile", "--threads", "1", *options]) == 0
+    assert main(["bench", "models", *options, "resnet18", "--dtype", "bfloat16"]) == 0
+    assert main(["bench", *options, "resnet18", "--channels-last"]) == 0
+    first, second, third = record.read(output)
+    assert first.parts and not second.parts
+    assert (first.dtype, second.dtype) == ("float32", "bfloat16")
+    assert third.arguments == {"channels_last": True}
+    text = capsys.readouterr().out
+    assert "resnet18" in text and str(output) in text.replace("\n", "")
+
+
+def test_operators_and_their_picture(tmp_path, capsys):
+    output, picture = tmp_path / "operators.jsonl", tmp_path / "operators.png"
+    command = ["bench", "ops", "--device", "cpu", "--match", "7x7", "--modes", "forward"]
+    command += ["--dtypes", "float32", "--peers", "gather", "--batch-size", "1"]
+    command += ["--seconds", "0", "--output", str(output)]
+    assert main(command) == 0
+    assert main(command) == 0
+    assert "recorded before" in capsys.readouterr().out
+    records = record.read(output)
+    assert {r.implementation for r in records} == {"torch", "gather", "floor"}
+    assert main(["bench", "plot", str(output), "-o", str(picture), "--dtype", "float32"]) == 0
+    assert picture.stat().st_size > 10_000
+    assert main(["bench", "plot", str(output), "-o", str(picture), "--dtype", "float16"]) == 1
+
+
+def test_operators_write_where_results_are_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["bench", "ops", "--device", "cpu", "--match", "7x7", "--modes", "forward"]
+    command += ["--dtypes", "float32", "--peers", "--batch-size", "1", "--seconds", "0"]
+    folder = record.this_machine("cpu").slug
+    assert main(command) == 0
+    assert record.read(tmp_path / "runs" / "bench" / folder / "operators.jsonl")
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    assert main(command) == 0
+    assert record.read(tmp_path / "benchmarks" / "results" / folder / "operators.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["nat_mimi"], 1, "model 'nat_mimi' is not registered; did you mean nat_mini"),
+        (["resnet18", "--device", "tpu"], 1, "device='tpu' is unknown"),
+        (["resnet18", "--batch-size", "0"], 2, "batch_size"),
+        (["resnet18", "--dtype", "float8"], 2, "dtype"),
+        (["resnet18", "--bach-size", "2"], 2, "bach-size"),
+        (["models"], 2, "required"),
+        ([], 2, "what"),
+        (["ops", "attention"], 1, "operator='attention' is unknown"),
+        (["ops", "--modes", "both"], 2, "modes"),
+        (["ops", "--peers", "flash"], 1, "peer='flash' is unknown"),
+        (["plot", "no/such.jsonl", "-o", "x.png"], 1, "no/such.jsonl"),
+    ],
+)
+def test_bad_input_is_one_clear_error(arguments, status, message, capsys):
+    assert main(["bench", *arguments]) == status
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_help_of_every_word(capsys):
+    for words in (["--help"], ["models", "--help"], ["ops", "--help"], ["plot", "--help"]):
+        with pytest.raises(SystemExit) as done:
+            main(["bench", *words])
+        assert done.value.code == 0
+    text = capsys.readouterr().out
+    assert "--batch-size" in text and "--cuda-graphs" in text and "RECORDS" in text

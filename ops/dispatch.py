@@ -131,6 +131,15 @@ def exporting() -> bool:
     return _TORCH_VERSION >= (2, 13) or not torch.compiler.is_dynamo_compiling()
 
 
+def plain_aten() -> bool:
+    """True where an opaque operator will not do: in an exporter or under a function transform."""
+    if exporting():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active()
+
+
 def choose(
     operator: str,
     requested: str | None,
@@ -152,7 +161,7 @@ def choose(
     """
     name = requested if requested is not None else _forced
     if name is None:
-        if device.type in ("cuda", "meta") and not exporting():
+        if device.type in ("cuda", "meta") and not plain_aten():
             fused = implementations.get("triton")
             if fused is not None and fused.refuse(*args) is None:
                 return fused.run

@@ -2,24 +2,15 @@
 
 Hassani et al., "Neighborhood Attention Transformer" (arXiv 2204.07143); dilation: "Dilated
 Neighborhood Attention Transformer" (2209.15001); stride and causal masking: "Generalized
-Neighborhood Attention" (2504.16922). Per axis of length L, with kernel size k, stride s and
-dilation d, token i is position p = i // d of residue class g = i % d, a row of
-n = ceil((L - g) / d) tokens of its own, and attends, in its class only, to
-
-    leader = min((p // s) s + s // 2, n - 1),  start = clamp(leader - k // 2, 0, n - k)
-    start ... start + k - 1                                                    (not causal)
-    leader = min((p // s) s + s - 1, n - 1),  max(leader - k + 1, 0) ... p     (causal)
-
-and axes combine by AND. Cost: 2 N prod(k) head_dim multiply-adds for N tokens, instead of
-2 N^2 head_dim.
+Neighborhood Attention" (2504.16922). The window
+rule is written out in `vitarium.ops.windows`. Cost: 2 N prod(k) head_dim multiply-adds for N
+tokens, instead of 2 N^2 head_dim.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,19 +19,10 @@ from torch import Tensor, nn
 from vitarium.ops import dispatch
 from vitarium.ops.dispatch import Case, Implementation, Operator
 from vitarium.ops.mixer import Mixer
-from vitarium.ops.tiles import Axis, attend, attend_backward, cut
+from vitarium.ops.tiled import attend, attend_backward, attend_plain
+from vitarium.ops.windows import Window, axis_pattern, pairs_seen, plain_axis, tiles_for
 
 NAME = "neighborhood_attention"
-NEGATIVE = -1e30  # finite: a row of a tile that holds no key of its own must not turn into NaN
-
-
-class Window(NamedTuple):
-    """The pattern along one axis: kernel size, stride, dilation, causal or not."""
-
-    kernel_size: int
-    stride: int
-    dilation: int
-    is_causal: bool
 
 
 def neighborhood_attention(
@@ -58,7 +40,7 @@ def neighborhood_attention(
 ) -> Tensor:
     """Attention of every token to its neighborhood, on 1-, 2- or 3-dimensional maps.
 
-    The window rule is NATTEN's, written out at the top of this file.
+    The window rule is NATTEN's, written out in `vitarium.ops.windows`.
 
     Args:
         query: `(B, *spatial, num_heads, head_dim)`, spatial of rank 1, 2 or 3; any strides.
@@ -173,24 +155,6 @@ def _check(
 # --- the definition ------------------------------------------------------------------------------
 
 
-def _axis_pattern(length: int, window: Window, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which keys each query of an axis sees, and their offsets: two `(length, length)` tensors."""
-    k, s, d, causal = window
-    index = torch.arange(length, device=device)
-    group, position = index % d, index // d
-    n = (length - group + d - 1) // d
-    key = position[None, :]
-    if causal:
-        leader = torch.minimum(position // s * s + s - 1, n - 1)[:, None]
-        inside = (key <= position[:, None]) & (leader - key < k)
-    else:
-        leader = torch.minimum(position // s * s + s // 2, n - 1)
-        start = torch.minimum((leader - k // 2).clamp(min=0), n - k)[:, None]
-        inside = (key >= start) & (key < start + k)
-    inside = inside & (group[:, None] == group[None, :])
-    return inside, key - position[:, None]
-
-
 def _dense_pattern(
     spatial: tuple[int, ...], windows: tuple[Window, ...], bias: Tensor | None, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
@@ -199,7 +163,7 @@ def _dense_pattern(
     inside = torch.ones((), dtype=torch.bool, device=device)
     table_index = []
     for axis, (length, window) in enumerate(zip(spatial, windows)):
-        seen, offset = _axis_pattern(length, window, device)
+        seen, offset = axis_pattern(length, window, device)
         shape = [1] * (2 * rank)
         shape[axis] = shape[rank + axis] = length
         inside = inside & seen.view(shape)
@@ -211,21 +175,6 @@ def _dense_pattern(
     return inside, bias[(slice(None), *table_index)].reshape(-1, tokens, tokens)
 
 
-def _attention_weights(
-    query: Tensor, key: Tensor, bias: Tensor | None, windows: tuple[Window, ...], scale: float
-) -> Tensor:
-    """Softmax weights of every token over every token, `(B, num_heads, N, N)`."""
-    spatial = tuple(query.shape[1:-2])
-    inside, dense_bias = _dense_pattern(spatial, windows, bias, query.device)
-    query = query.flatten(1, -3).transpose(1, 2)
-    key = key.flatten(1, -3).transpose(1, 2)
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores = query @ key.transpose(-1, -2) * scale
-    if dense_bias is not None:
-        scores = scores + dense_bias.to(scores.dtype)
-    return scores.masked_fill(~inside, -math.inf).softmax(-1)
-
-
 def _reference(
     query: Tensor,
     key: Tensor,
@@ -234,57 +183,19 @@ def _reference(
     windows: tuple[Window, ...],
     scale: float,
 ) -> Tensor:
-    weights = _attention_weights(query, key, bias, windows, scale)
-    value = value.flatten(1, -3).transpose(1, 2)
-    value = value.repeat_interleave(query.shape[-2] // value.shape[1], dim=1)
-    output = (weights @ value).transpose(1, 2)
-    return output.reshape(*query.shape[:-1], value.shape[-1])
+    shape = query.shape
+    inside, dense_bias = _dense_pattern(tuple(shape[1:-2]), windows, bias, query.device)
+    query, key, value = (t.flatten(1, -3).transpose(1, 2) for t in (query, key, value))
+    group = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
+    scores = query @ key.transpose(-1, -2) * scale
+    if dense_bias is not None:
+        scores = scores + dense_bias.to(scores.dtype)
+    weights = scores.masked_fill(~inside, -math.inf).softmax(-1)
+    return (weights @ value).transpose(1, 2).reshape(*shape[:-1], value.shape[-1])
 
 
 # --- the portable path ---------------------------------------------------------------------------
-
-
-def _seen(position: int, n: int, window: Window) -> range:
-    """The keys that a query sees, in positions of a class of n tokens."""
-    k, s, _, causal = window
-    if causal:
-        leader = min(position // s * s + s - 1, n - 1)
-        return range(max(leader - k + 1, 0), position + 1)
-    leader = min(position // s * s + s // 2, n - 1)
-    start = min(max(leader - k // 2, 0), n - k)
-    return range(start, start + k)
-
-
-@functools.lru_cache(maxsize=256)
-def _axis(length: int, window: Window, tile: int) -> Axis:
-    """The tiles of one axis."""
-    d = window.dilation
-    ranges = []
-    for group in range(d):
-        n = -(-(length - group) // d)
-        ranges.append([_seen(position, n, window) for position in range(n)])
-    return cut(length, d, tile, ranges)
-
-
-# Time of one score, and of moving the key and value (and their gradients) of one halo position,
-# relative to each other, on a CPU at head_dim 32.
-SCORE, HALO = 3, 16
-
-
-@functools.lru_cache(maxsize=256)
-def _axes(spatial: tuple[int, ...], windows: tuple[Window, ...]) -> tuple[Axis, ...]:
-    """The cheapest tiles for this map: few halo positions, and scores that are mostly wanted."""
-    choices = []
-    for length, window in zip(spatial, windows):
-        size = -(-length // window.dilation)
-        tiles = {min(size, tile) for tile in (*range(2, 17), 32, 64)} | {size}
-        choices.append([_axis(length, window, tile) for tile in sorted(tiles) if tile <= 64])
-
-    def cost(axes: tuple[Axis, ...]) -> float:
-        halos = math.prod(axis.classes * axis.tiles * axis.halo for axis in axes)
-        return halos * (SCORE * math.prod(axis.tile for axis in axes) + HALO)
-
-    return min(itertools.product(*choices), key=cost)
 
 
 def _torch(
@@ -295,7 +206,13 @@ def _torch(
     windows: tuple[Window, ...],
     scale: float,
 ) -> Tensor:
-    return _tiled(query, key, value, bias, *map(list, zip(*windows)), scale)
+    if dispatch.plain_aten():
+        axes = [
+            plain_axis(length, window, query.device)
+            for length, window in zip(query.shape[1:-2], windows)
+        ]
+        return attend_plain(query, key, value, bias, axes, scale)
+    return _attend(query, key, value, bias, *map(list, zip(*windows)), scale, False)[0]
 
 
 # --- the custom operator -------------------------------------------------------------------------
@@ -304,78 +221,8 @@ Ints = list[int]
 Bools = list[int]  # torch.jit.trace, which FLOP counters use, cannot trace a list of bool
 
 
-@torch.library.custom_op("vitarium::neighborhood_attention_tiled", mutates_args=())
-def _tiled(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    kernel_size: Ints,
-    stride: Ints,
-    dilation: Ints,
-    is_causal: Bools,
-    scale: float,
-) -> Tensor:
-    windows = tuple(map(Window, kernel_size, stride, dilation, is_causal))
-    return attend(query, key, value, bias, _axes(tuple(query.shape[1:-2]), windows), scale)
-
-
-@_tiled.register_fake
-def _(query, key, value, bias, kernel_size, stride, dilation, is_causal, scale):
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
-
-
-@torch.library.custom_op("vitarium::neighborhood_attention_tiled_backward", mutates_args=())
-def _tiled_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    kernel_size: Ints,
-    stride: Ints,
-    dilation: Ints,
-    is_causal: Bools,
-    scale: float,
-    bias_needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    windows = tuple(map(Window, kernel_size, stride, dilation, is_causal))
-    axes = _axes(tuple(query.shape[1:-2]), windows)
-    return attend_backward(grad, query, key, value, bias, axes, scale, bias_needs_grad)
-
-
-@_tiled_backward.register_fake
-def _(
-    grad, query, key, value, bias, kernel_size, stride, dilation, is_causal, scale, bias_needs_grad
-):  # fmt: skip
-    grad_bias = bias.new_empty(bias.shape) if bias_needs_grad else query.new_empty(0)
-    return (
-        query.new_empty(query.shape),
-        key.new_empty(key.shape),
-        value.new_empty(value.shape),
-        grad_bias,
-    )
-
-
-def _tiled_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, value, bias, *ctx.pattern = inputs
-    ctx.save_for_backward(query, key, value, bias)
-
-
-def _tiled_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    query, key, value, bias = ctx.saved_tensors
-    bias_needs_grad = bias is not None and ctx.needs_input_grad[3]
-    *grads, grad_bias = _tiled_backward(
-        grad, query, key, value, bias, *ctx.pattern, bias_needs_grad
-    )
-    return *grads, grad_bias if bias_needs_grad else None, *(None,) * len(ctx.pattern)
-
-
-_tiled.register_autograd(_tiled_grad, setup_context=_tiled_context)
-
-
 @torch.library.custom_op("vitarium::neighborhood_attention", mutates_args=())
-def _fused(
+def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -385,22 +232,30 @@ def _fused(
     dilation: Ints,
     is_causal: Bools,
     scale: float,
+    fused: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Output `(B, *spatial, num_heads, value_dim)` and base-2 log-sum-exp `(B, *spatial, heads)`."""
-    from vitarium.ops.kernels import neighborhood as kernels
+    """The output, and from the fused kernel the base-2 log-sum-exp `(B, *spatial, num_heads)`.
 
+    One operator for both implementations, so that one graph node, one fake kernel, one derivative
+    and one count of operations stand for neighborhood attention wherever it runs.
+    """
     windows = tuple(map(Window, kernel_size, stride, dilation, is_causal))
-    return kernels.forward(query, key, value, bias, windows, scale)
+    if fused:
+        from vitarium.ops.kernels import neighborhood as kernels
+
+        return kernels.forward(query, key, value, bias, windows, scale)
+    axes = tiles_for(tuple(query.shape[1:-2]), windows)
+    return attend(query, key, value, bias, axes, scale), query.new_empty(0, dtype=torch.float32)
 
 
-@_fused.register_fake
-def _(query, key, value, bias, kernel_size, stride, dilation, is_causal, scale):
+@_attend.register_fake
+def _(query, key, value, bias, kernel_size, stride, dilation, is_causal, scale, fused):
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    return output, query.new_empty(query.shape[:-1], dtype=torch.float32)
+    return output, query.new_empty(query.shape[:-1] if fused else 0, dtype=torch.float32)
 
 
 @torch.library.custom_op("vitarium::neighborhood_attention_backward", mutates_args=())
-def _fused_backward(
+def _attend_backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -413,84 +268,71 @@ def _fused_backward(
     dilation: Ints,
     is_causal: Bools,
     scale: float,
+    fused: bool,
     bias_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and bias (an empty tensor where bias needs none)."""
-    from vitarium.ops.kernels import neighborhood as kernels
-
     windows = tuple(map(Window, kernel_size, stride, dilation, is_causal))
-    return kernels.backward(
-        grad, query, key, value, bias, output, logsumexp, windows, scale, bias_needs_grad
-    )
+    if fused:
+        from vitarium.ops.kernels import neighborhood as kernels
+
+        return kernels.backward(
+            grad, query, key, value, bias, output, logsumexp, windows, scale, bias_needs_grad
+        )
+    axes = tiles_for(tuple(query.shape[1:-2]), windows)
+    return attend_backward(grad, query, key, value, bias, axes, scale, bias_needs_grad)
 
 
-@_fused_backward.register_fake
+@_attend_backward.register_fake
 def _(
     grad, query, key, value, bias, output, logsumexp, kernel_size, stride, dilation, is_causal,
-    scale, bias_needs_grad,
+    scale, fused, bias_needs_grad,
 ):  # fmt: skip
-    grad_bias = bias.new_empty(bias.shape) if bias_needs_grad else query.new_empty(0)
-    return (
-        query.new_empty(query.shape),
-        key.new_empty(key.shape),
-        value.new_empty(value.shape),
-        grad_bias,
-    )
-
-
-def _pairs(spatial: tuple[int, ...], windows: tuple[Window, ...]) -> int:
-    """Number of (query, key) pairs of one head of one image."""
-    pairs = 1
-    for length, (k, s, d, causal) in zip(spatial, windows):
-        if not causal:
-            pairs *= length * k
-            continue
-        seen = 0
-        for token in range(length):
-            position, n = token // d, -(-(length - token % d) // d)
-            leader = min(position // s * s + s - 1, n - 1)
-            seen += position + 1 - max(leader - k + 1, 0)
-        pairs *= seen
-    return pairs
-
-
-@dispatch.register_flops(_fused)
-def _flops(
-    query, key, value, bias, kernel_size, stride, dilation, is_causal, scale, *_, **__
-) -> int:  # fmt: skip
-    windows = tuple(map(Window, kernel_size, stride, dilation, is_causal))
-    batch, *spatial, num_heads, head_dim = query
-    return 2 * batch * num_heads * _pairs(tuple(spatial), windows) * (head_dim + value[-1])
-
-
-@dispatch.register_flops(_fused_backward)
-def _backward_flops(
-    grad, query, key, value, bias, output, logsumexp, kernel_size, stride, dilation, is_causal,
-    scale, *_, **__,
-) -> int:  # fmt: skip
-    """Three products over head_dim (scores again, query, key) and two over value_dim."""
-    windows = tuple(map(Window, kernel_size, stride, dilation, is_causal))
-    batch, *spatial, num_heads, head_dim = query
-    pairs = _pairs(tuple(spatial), windows)
-    return 2 * batch * num_heads * pairs * (3 * head_dim + 2 * value[-1])
+    grads = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+    return *grads, bias.new_empty(bias.shape) if bias_needs_grad else query.new_empty(0)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, bias, *ctx.pattern = inputs
-    ctx.save_for_backward(query, key, value, bias, *output)
+    fused = ctx.pattern[-1]
+    ctx.save_for_backward(query, key, value, bias, *(output if fused else (None, None)))
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     query, key, value, bias, output, logsumexp = ctx.saved_tensors
+    if output is None:  # the portable path computes the weights again
+        output = logsumexp = query.new_empty(0)
     bias_needs_grad = bias is not None and ctx.needs_input_grad[3]
-    *grads, grad_bias = _fused_backward(
+    *grads, grad_bias = _attend_backward(
         grad, query, key, value, bias, output, logsumexp, *ctx.pattern, bias_needs_grad
     )
     return *grads, grad_bias if bias_needs_grad else None, *(None,) * len(ctx.pattern)
 
 
-_fused.register_autograd(_backward, setup_context=_setup_context)
+_attend.register_autograd(_backward, setup_context=_setup_context)
+
+
+@dispatch.register_flops(_attend)
+def _flops(query, key, value, bias, kernel_size, stride, dilation, is_causal, *_, **__) -> int:
+    windows = tuple(map(Window, kernel_size, stride, dilation, is_causal))
+    batch, *spatial, num_heads, head_dim = query
+    return 2 * batch * num_heads * pairs_seen(tuple(spatial), windows) * (head_dim + value[-1])
+
+
+@dispatch.register_flops(_attend_backward)
+def _backward_flops(
+    grad, query, key, value, bias, output, logsumexp, kernel_size, stride, dilation, is_causal,
+    *_, **__,
+) -> int:  # fmt: skip
+    """Three products over head_dim (scores again, query, key) and two over value_dim."""
+    windows = tuple(map(Window, kernel_size, stride, dilation, is_causal))
+    batch, *spatial, num_heads, head_dim = query
+    pairs = pairs_seen(tuple(spatial), windows)
+    return 2 * batch * num_heads * pairs * (3 * head_dim + 2 * value[-1])
+
+
+# --- the other implementations -------------------------------------------------------------------
 
 
 def _triton(
@@ -501,10 +343,41 @@ def _triton(
     windows: tuple[Window, ...],
     scale: float,
 ) -> Tensor:
-    return _fused(query, key, value, bias, *map(list, zip(*windows)), scale)[0]
+    return _attend(query, key, value, bias, *map(list, zip(*windows)), scale, True)[0]
 
 
-def _triton_refuses(
+def _triton_refuses(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
+    for name, size in (("head_dim", query.shape[-1]), ("value_dim", value.shape[-1])):
+        if size > 256:
+            return f"{name} {size} exceeds 256"
+    return dispatch.triton_refuses(query)
+
+
+def _natten(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: None,
+    windows: tuple[Window, ...],
+    scale: float,
+) -> Tensor:
+    import natten
+
+    function = (natten.na1d, natten.na2d, natten.na3d)[len(windows) - 1]
+    kernel_size, stride, dilation, is_causal = zip(*windows)
+    return function(
+        query,
+        key,
+        value,
+        kernel_size=kernel_size,
+        stride=stride,
+        dilation=dilation,
+        is_causal=is_causal,
+        scale=scale,
+    )
+
+
+def _natten_refuses(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -512,16 +385,20 @@ def _triton_refuses(
     windows: tuple[Window, ...],
     scale: float,
 ) -> str | None:
-    for name, size in (("head_dim", query.shape[-1]), ("value head_dim", value.shape[-1])):
-        if size > 256:
-            return f"{name} {size} exceeds 256"
-    return dispatch.triton_refuses(query)
+    if bias is not None:
+        return "NATTEN has no relative position bias"
+    if any(window.kernel_size < 2 for window in windows):
+        return f"NATTEN needs kernel_size >= 2, got {[window.kernel_size for window in windows]}"
+    if not dispatch.NATTEN_INSTALLED:
+        return "natten is not installed (pip install natten)"
+    return None
 
 
 _IMPLEMENTATIONS = {
     "reference": Implementation(_reference),
     "torch": Implementation(_torch),
     "triton": Implementation(_triton, _triton_refuses),
+    "natten": Implementation(_natten, _natten_refuses),
 }
 
 
@@ -644,10 +521,20 @@ class NeighborhoodAttention(Mixer, name="neighborhood"):
         query, key, _ = self._project(x)
         pattern = self._pattern(*x.shape[1:3])
         bias = pattern.pop("bias")
-        windows = tuple(map(Window, *pattern.values()))
-        weights = _attention_weights(query, key, bias, windows, self.scale)
-        weights = weights[:, :, row * x.shape[2] + column]
-        return weights.unflatten(-1, x.shape[1:3])[:, :, :height, :width]
+        seen, offsets = zip(
+            *(
+                (part[index] for part in axis_pattern(length, Window(*window), x.device))
+                for length, index, window in zip(x.shape[1:3], position, zip(*pattern.values()))
+            )
+        )
+        scores = torch.einsum("bhd,byxhd->bhyx", query[:, row, column], key) * self.scale
+        if bias is not None:
+            middle = [size // 2 for size in bias.shape[1:]]
+            index = [(o + m).clamp(0, 2 * m) for o, m in zip(offsets, middle)]
+            scores = scores + bias[:, index[0][:, None], index[1]]
+        scores = scores.masked_fill(~(seen[0][:, None] & seen[1]), -math.inf)
+        weights = scores.flatten(-2).softmax(-1).unflatten(-1, scores.shape[-2:])
+        return weights[..., :height, :width]
 
     def extra_repr(self) -> str:
         return (

@@ -68,6 +68,24 @@ class Axis:
         return blocks
 
 
+@dataclass(frozen=True)
+class PlainAxis:
+    """An axis for `attend_plain`, of a length that may be symbolic.
+
+    Attributes are those of `Axis`, but for the keys that queries see: positions of a class
+    `start ... stop - 1`, each `(classes, tiles, tile)`.
+    """
+
+    length: int
+    classes: int
+    tile: int
+    tiles: int
+    before: int
+    halo: int
+    start: Tensor
+    stop: Tensor
+
+
 def cut(length: int, classes: int, tile: int, ranges: Sequence[Sequence[range]]) -> Axis:
     """Cut an axis into tiles of `tile` queries.
 
@@ -491,185 +509,3 @@ class Plan:
             scores.view(*chunk.pairs, -1, *shape[1:]).copy_(table)
         scores.baddbmm_(query, key.mT, beta=1 if additive.needed else 0, alpha=scale)
         return torch.softmax(scores, -1, out=self.work.take("weights", shape, query.dtype))
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    axes: Sequence[Axis],
-    scale: float,
-) -> Tensor:
-    """Attention of every token to the keys that the axes' patterns show it.
-
-    Args:
-        query: `(B, *spatial, num_heads, head_dim)`.
-        key: `(B, *spatial, num_heads_kv, head_dim)`.
-        value: `(B, *spatial, num_heads_kv, value_dim)`.
-        bias: `(num_heads, 2 * reach + 1, ...)` per axis, added at `key - query + reach`.
-        axes: the tiles of every spatial axis.
-        scale: factor on the scores.
-
-    Returns:
-        `(B, *spatial, num_heads, value_dim)`.
-    """
-    output = query.new_empty(*query.shape[:-1], value.shape[-1])
-    # The fused attention of CPUs is slow in half precision and on a few small tiles.
-    strips = (
-        query.device.type == "cpu"
-        and query.dtype in (torch.float32, torch.float64)
-        and value.shape[-1] == query.shape[-1]
-        and math.prod(axis.classes * axis.tiles for axis in axes) >= STRIPS_PAY
-    )
-    plan = Plan(query, axes, strips=strips)
-    additive = Additive(plan, bias, query)
-    run = _attend_strips if strips else _attend_tiles
-    run(plan, additive, query, key, value, output, scale)
-    plan.work.close()
-    return output
-
-
-def _attend_tiles(
-    plan: Plan,
-    additive: Additive,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    scale: float,
-) -> None:
-    """Batched products of copied halos."""
-    group = query.shape[-2] // key.shape[-2]
-    for chunk in plan.chunks:
-        query_grid = plan.queries_of("query grid", chunk.of(query))
-        key_grid = plan.keys_of("key grid", chunk.of(key, group))
-        value_grid = plan.keys_of("value grid", chunk.of(value, group))
-        result = plan.queries_of("output grid", chunk.of(output), fill=False)
-        for band in plan.bands:
-            q = plan.queries("query", query_grid, band)
-            k = plan.keys("key", key_grid, band)
-            v = plan.keys("value", value_grid, band)
-            weights = plan.weights(q, k, additive, scale, chunk, band)
-            shape = (*q.shape[:2], v.shape[2])
-            tiles = torch.bmm(weights, v, out=plan.work.take("output", shape, query.dtype))
-            plan.put_queries(tiles, result, band)
-        plan.finish(result, chunk.of(output))
-
-
-def _attend_strips(
-    plan: Plan,
-    additive: Additive,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    scale: float,
-) -> None:
-    """The CPU's fused attention on strips, in which the halos of the first axis overlap.
-
-    A strip holds all positions of the first axis and one halo of the others, so that the keys of
-    a tile are a matrix inside it: nothing is copied along the first axis, no scores are stored.
-    """
-    group = query.shape[-2] // key.shape[-2]
-    for chunk in plan.chunks:
-        query_grid = plan.queries_of("query grid", chunk.of(query))
-        key_grid = plan.keys_of("key grid", chunk.of(key, group))
-        value_grid = plan.keys_of("value grid", chunk.of(value, group))
-        result = plan.queries_of("output grid", chunk.of(output), fill=False)
-        for image, head in itertools.product(*map(range, chunk.pairs)):
-            pair = slice(image, image + 1), slice(head, head + 1)
-            query_pair, result_pair = query_grid[pair], result[pair]
-            keys = plan.strips("key", key_grid[pair])
-            values = plan.strips("value", value_grid[pair])
-            for band, k, v in zip(plan.bands, keys, values):
-                source = plan.strip_queries(query_pair, band)
-                q = plan.work.take("query", source.shape, query.dtype).copy_(source)
-                tiles, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    q.view(*k.shape[:2], -1, k.shape[-1]),
-                    k,
-                    v,
-                    attn_mask=additive.strips(band, chunk.heads.start + head),
-                    scale=scale,
-                )
-                target = plan.strip_queries(result_pair, band)
-                target.copy_(tiles.view(target.shape))
-        plan.finish(result, chunk.of(output))
-
-
-def attend_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    axes: Sequence[Axis],
-    scale: float,
-    bias_needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and bias (empty where it needs none) of `attend`.
-
-    The weights are computed again, so that nothing larger than a chunk is ever stored. Sums over
-    tiles are kept in float32 at least.
-    """
-    plan = Plan(query, axes)
-    additive = Additive(plan, bias, query)
-    work, dtype = plan.work, query.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    group = query.shape[-2] // key.shape[-2]
-    heads = query.shape[-2:-1]
-    grad_query = query.new_empty(query.shape)
-    grad_key = key.new_empty(*key.shape[:-2], *heads, key.shape[-1])
-    grad_value = value.new_empty(*value.shape[:-2], *heads, value.shape[-1])
-    if bias_needs_grad:
-        grad_table = additive.table.new_zeros(additive.table.shape, dtype=wide)
-    for chunk in plan.chunks:
-        query_grid = plan.queries_of("query grid", chunk.of(query))
-        key_grid = plan.keys_of("key grid", chunk.of(key, group))
-        value_grid = plan.keys_of("value grid", chunk.of(value, group))
-        # Zero beyond the map, so that queries that do not exist send no gradient.
-        grad_grid = plan.queries_of("grad grid", chunk.of(grad))
-        query_total = plan.queries_of("query total", chunk.of(grad_query), fill=False)
-        key_total = plan.grid("key total", chunk.of(grad_key), wide, keys=True)
-        value_total = plan.grid("value total", chunk.of(grad_value), wide, keys=True)
-        if len(plan.bands) > 1:
-            key_total.zero_()
-            value_total.zero_()
-        for band in plan.bands:
-            q = plan.queries("query", query_grid, band)
-            k = plan.keys("key", key_grid, band)
-            v = plan.keys("value", value_grid, band)
-            g = plan.queries("grad", grad_grid, band)
-            weights = plan.weights(q, k, additive, scale, chunk, band)
-            halo = torch.bmm(weights.mT, g, out=work.take("grad value", v.shape, dtype))
-            plan.add_keys(halo, value_total, band)
-            grad_scores = torch._softmax_backward_data(
-                torch.bmm(g, v.mT, out=work.take("scores", weights.shape, dtype)),
-                weights,
-                -1,
-                dtype,
-                grad_input=work.take("grad scores", weights.shape, dtype),
-            )
-            halo = torch.bmm(
-                grad_scores.mT, q.mul_(scale), out=work.take("grad key", k.shape, dtype)
-            )
-            plan.add_keys(halo, key_total, band)
-            tiles = torch.bmm(grad_scores, k, out=work.take("output", q.shape, dtype))
-            plan.put_queries(tiles.mul_(scale), query_total, band)
-            if bias_needs_grad:
-                grad_scores = grad_scores.view(*chunk.pairs, -1, *weights.shape[1:])
-                grad_table[chunk.heads].index_add_(
-                    1, additive.patterns.which(band), grad_scores.sum(0, dtype=wide)
-                )
-        plan.finish(query_total, chunk.of(grad_query))
-        for total, target in ((key_total, grad_key), (value_total, grad_value)):
-            plan.finish(total, chunk.of(target), keys=True)
-    work.close()
-    if group > 1:
-        grad_key = grad_key.unflatten(-2, (-1, group)).sum(-2)
-        grad_value = grad_value.unflatten(-2, (-1, group)).sum(-2)
-    if bias_needs_grad:
-        grad_bias = additive.grad_bias(grad_table, bias).to(bias.dtype)
-    else:
-        grad_bias = query.new_empty(0)
-    return grad_query, grad_key, grad_value, grad_bias

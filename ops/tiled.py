@@ -1,0 +1,267 @@
+"""Attention on tiles: forward and backward of the portable path of local attention."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitarium.ops.tiles import NEGATIVE, STRIPS_PAY, Additive, Axis, PlainAxis, Plan
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    axes: Sequence[Axis],
+    scale: float,
+) -> Tensor:
+    """Attention of every token to the keys that the axes' patterns show it.
+
+    Args:
+        query: `(B, *spatial, num_heads, head_dim)`.
+        key: `(B, *spatial, num_heads_kv, head_dim)`.
+        value: `(B, *spatial, num_heads_kv, value_dim)`.
+        bias: `(num_heads, 2 * reach + 1, ...)` per axis, added at `key - query + reach`.
+        axes: the tiles of every spatial axis.
+        scale: factor on the scores.
+
+    Returns:
+        `(B, *spatial, num_heads, value_dim)`.
+    """
+    output = query.new_empty(*query.shape[:-1], value.shape[-1])
+    # The fused attention of CPUs is slow in half precision and on a few small tiles.
+    strips = (
+        query.device.type == "cpu"
+        and query.dtype in (torch.float32, torch.float64)
+        and value.shape[-1] == query.shape[-1]
+        and math.prod(axis.classes * axis.tiles for axis in axes) >= STRIPS_PAY
+    )
+    plan = Plan(query, axes, strips=strips)
+    additive = Additive(plan, bias, query)
+    run = _attend_strips if strips else _attend_tiles
+    run(plan, additive, query, key, value, output, scale)
+    plan.work.close()
+    return output
+
+
+def _attend_tiles(
+    plan: Plan,
+    additive: Additive,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    scale: float,
+) -> None:
+    """Batched products of copied halos."""
+    group = query.shape[-2] // key.shape[-2]
+    for chunk in plan.chunks:
+        query_grid = plan.queries_of("query grid", chunk.of(query))
+        key_grid = plan.keys_of("key grid", chunk.of(key, group))
+        value_grid = plan.keys_of("value grid", chunk.of(value, group))
+        result = plan.queries_of("output grid", chunk.of(output), fill=False)
+        for band in plan.bands:
+            q = plan.queries("query", query_grid, band)
+            k = plan.keys("key", key_grid, band)
+            v = plan.keys("value", value_grid, band)
+            weights = plan.weights(q, k, additive, scale, chunk, band)
+            shape = (*q.shape[:2], v.shape[2])
+            tiles = torch.bmm(weights, v, out=plan.work.take("output", shape, query.dtype))
+            plan.put_queries(tiles, result, band)
+        plan.finish(result, chunk.of(output))
+
+
+def _attend_strips(
+    plan: Plan,
+    additive: Additive,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    scale: float,
+) -> None:
+    """The CPU's fused attention on strips, in which the halos of the first axis overlap.
+
+    A strip holds all positions of the first axis and one halo of the others, so that the keys of
+    a tile are a matrix inside it: nothing is copied along the first axis, no scores are stored.
+    """
+    group = query.shape[-2] // key.shape[-2]
+    for chunk in plan.chunks:
+        query_grid = plan.queries_of("query grid", chunk.of(query))
+        key_grid = plan.keys_of("key grid", chunk.of(key, group))
+        value_grid = plan.keys_of("value grid", chunk.of(value, group))
+        result = plan.queries_of("output grid", chunk.of(output), fill=False)
+        for image, head in itertools.product(*map(range, chunk.pairs)):
+            pair = slice(image, image + 1), slice(head, head + 1)
+            query_pair, result_pair = query_grid[pair], result[pair]
+            keys = plan.strips("key", key_grid[pair])
+            values = plan.strips("value", value_grid[pair])
+            for band, k, v in zip(plan.bands, keys, values):
+                source = plan.strip_queries(query_pair, band)
+                q = plan.work.take("query", source.shape, query.dtype).copy_(source)
+                tiles, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    q.view(*k.shape[:2], -1, k.shape[-1]),
+                    k,
+                    v,
+                    attn_mask=additive.strips(band, chunk.heads.start + head),
+                    scale=scale,
+                )
+                target = plan.strip_queries(result_pair, band)
+                target.copy_(tiles.view(target.shape))
+        plan.finish(result, chunk.of(output))
+
+
+def attend_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    axes: Sequence[Axis],
+    scale: float,
+    bias_needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and bias (empty where it needs none) of `attend`.
+
+    The weights are computed again, so that nothing larger than a chunk is ever stored. Sums over
+    tiles are kept in float32 at least.
+    """
+    plan = Plan(query, axes)
+    additive = Additive(plan, bias, query)
+    work, dtype = plan.work, query.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    group = query.shape[-2] // key.shape[-2]
+    heads = query.shape[-2:-1]
+    grad_query = query.new_empty(query.shape)
+    grad_key = key.new_empty(*key.shape[:-2], *heads, key.shape[-1])
+    grad_value = value.new_empty(*value.shape[:-2], *heads, value.shape[-1])
+    if bias_needs_grad:
+        grad_table = additive.table.new_zeros(additive.table.shape, dtype=wide)
+    for chunk in plan.chunks:
+        query_grid = plan.queries_of("query grid", chunk.of(query))
+        key_grid = plan.keys_of("key grid", chunk.of(key, group))
+        value_grid = plan.keys_of("value grid", chunk.of(value, group))
+        # Zero beyond the map, so that queries that do not exist send no gradient.
+        grad_grid = plan.queries_of("grad grid", chunk.of(grad))
+        query_total = plan.queries_of("query total", chunk.of(grad_query), fill=False)
+        key_total = plan.grid("key total", chunk.of(grad_key), wide, keys=True)
+        value_total = plan.grid("value total", chunk.of(grad_value), wide, keys=True)
+        if len(plan.bands) > 1:
+            key_total.zero_()
+            value_total.zero_()
+        for band in plan.bands:
+            q = plan.queries("query", query_grid, band)
+            k = plan.keys("key", key_grid, band)
+            v = plan.keys("value", value_grid, band)
+            g = plan.queries("grad", grad_grid, band)
+            weights = plan.weights(q, k, additive, scale, chunk, band)
+            halo = torch.bmm(weights.mT, g, out=work.take("grad value", v.shape, dtype))
+            plan.add_keys(halo, value_total, band)
+            grad_scores = torch._softmax_backward_data(
+                torch.bmm(g, v.mT, out=work.take("scores", weights.shape, dtype)),
+                weights,
+                -1,
+                dtype,
+                grad_input=work.take("grad scores", weights.shape, dtype),
+            )
+            halo = torch.bmm(
+                grad_scores.mT, q.mul_(scale), out=work.take("grad key", k.shape, dtype)
+            )
+            plan.add_keys(halo, key_total, band)
+            tiles = torch.bmm(grad_scores, k, out=work.take("output", q.shape, dtype))
+            plan.put_queries(tiles.mul_(scale), query_total, band)
+            if bias_needs_grad:
+                grad_scores = grad_scores.view(*chunk.pairs, -1, *weights.shape[1:])
+                grad_table[chunk.heads].index_add_(
+                    1, additive.patterns.which(band), grad_scores.sum(0, dtype=wide)
+                )
+        plan.finish(query_total, chunk.of(grad_query))
+        for total, target in ((key_total, grad_key), (value_total, grad_value)):
+            plan.finish(total, chunk.of(target), keys=True)
+    work.close()
+    if group > 1:
+        grad_key = grad_key.unflatten(-2, (-1, group)).sum(-2)
+        grad_value = grad_value.unflatten(-2, (-1, group)).sum(-2)
+    if bias_needs_grad:
+        grad_bias = additive.grad_bias(grad_table, bias).to(bias.dtype)
+    else:
+        grad_bias = query.new_empty(0)
+    return grad_query, grad_key, grad_value, grad_bias
+
+
+def attend_plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    axes: Sequence[PlainAxis],
+    scale: float,
+) -> Tensor:
+    """What `attend` computes, as plain ATen without a loop, for exporters and transforms.
+
+    Sizes may be symbolic, so borders are arithmetic on index tensors.
+    """
+    device = query.device
+    rank, group = len(axes), query.shape[-2] // key.shape[-2]
+    if group > 1:
+        key, value = (tensor.repeat_interleave(group, -2) for tensor in (key, value))
+    inside = torch.ones((), dtype=torch.bool, device=device)
+    offsets = []
+    for i, axis in enumerate(axes):
+        at = 1 + 3 * i  # this axis becomes (tiles, tile or halo, classes)
+        size = (axis.length + axis.classes - 1) // axis.classes
+        index = torch.arange(axis.tiles, device=device)[:, None] * axis.tile - axis.before
+        index = index + torch.arange(axis.halo, device=device)
+        taken = torch.minimum(index.clamp(min=0), torch.full_like(index, size - 1)).flatten()
+        key, value = (
+            _pad(tensor, at, size * axis.classes - axis.length)
+            .unflatten(at, (size, axis.classes))
+            .index_select(at, taken)
+            .unflatten(at, (axis.tiles, axis.halo))
+            for tensor in (key, value)
+        )
+        query = _pad(query, at, axis.tiles * axis.tile * axis.classes - axis.length)
+        query = query.unflatten(at, (axis.tiles, axis.tile, axis.classes))
+        index = index[:, None]
+        seen = (index >= axis.start[..., None]) & (index < axis.stop[..., None])
+        # (tiles and classes of every axis, tile of every axis, halo of every axis)
+        shape = [1] * (4 * rank)
+        shape[2 * i : 2 * i + 2] = axis.tiles, axis.classes
+        shape[2 * rank + i], shape[3 * rank + i] = axis.tile, axis.halo
+        inside = inside & seen.permute(1, 0, 2, 3).reshape(shape)
+        if bias is not None:
+            offset = torch.arange(axis.halo, device=device) - axis.before
+            offset = offset - torch.arange(axis.tile, device=device)[:, None]
+            last = bias.shape[1 + i] - 1
+            shape = [1] * (2 * rank)
+            shape[i::rank] = axis.tile, axis.halo
+            offsets.append((offset + last // 2).clamp(0, last).view(shape))
+    blocks = [dim for i in range(rank) for dim in (1 + 3 * i, 3 + 3 * i)]  # tiles and classes
+    order = (0, 3 * rank + 1, *blocks, *(2 + 3 * i for i in range(rank)), 3 * rank + 2)
+    shape = query.permute(order).shape[:-1]
+    query, key, value = (
+        tensor.permute(order).flatten(2 + 2 * rank, -2).flatten(2, 1 + 2 * rank)
+        for tensor in (query, key, value)
+    )  # (B, num_heads, blocks, queries or keys, channels)
+    inside = inside.flatten(3 * rank).flatten(2 * rank, 3 * rank - 1).flatten(0, 2 * rank - 1)
+    scores = query @ key.transpose(-1, -2) * scale
+    if bias is not None:
+        table = bias[(slice(None), *offsets)].flatten(1 + rank).flatten(1, rank)
+        scores = scores + table.to(scores.dtype).unsqueeze(1)
+    weights = scores.masked_fill(~inside, NEGATIVE).softmax(-1)
+    output = (weights @ value).reshape(*shape, value.shape[-1])
+    output = output.permute(sorted(range(len(order)), key=order.__getitem__))
+    for i, axis in enumerate(axes):
+        output = output.flatten(1 + i, 3 + i).narrow(1 + i, 0, axis.length)
+    return output.contiguous()
+
+
+def _pad(x: Tensor, axis: int, extra: int) -> Tensor:
+    """The tensor with `extra` zeros at the end of an axis."""
+    return F.pad(x, [0, 0] * (x.dim() - 1 - axis) + [0, extra])

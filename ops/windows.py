@@ -1,0 +1,136 @@
+"""The windows of neighborhood attention: which keys a query sees.
+
+Per axis of length L, with kernel size k, stride s and dilation d, token i is position p = i // d
+of residue class g = i % d, a row of n = ceil((L - g) / d) tokens of its own, and attends, in its
+class only, to
+
+    leader = min((p // s) s + s // 2, n - 1),  start = clamp(leader - k // 2, 0, n - k)
+    start ... start + k - 1                                                    (not causal)
+    leader = min((p // s) s + s - 1, n - 1),  max(leader - k + 1, 0) ... p     (causal)
+
+and axes combine by AND (NATTEN's rule; Generalized Neighborhood Attention, arXiv 2504.16922).
+A query is always among its keys' window, so offsets between the two stay below k.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vitarium.ops.tiles import Axis, PlainAxis, cut
+
+
+class Window(NamedTuple):
+    """The pattern along one axis: kernel size, stride, dilation, causal or not."""
+
+    kernel_size: int
+    stride: int
+    dilation: int
+    is_causal: bool
+
+
+def axis_pattern(length: int, window: Window, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which keys each query of an axis sees, and their offsets: two `(length, length)` tensors."""
+    k, s, d, causal = window
+    index = torch.arange(length, device=device)
+    group, position = index % d, index // d
+    n = (length - group + d - 1) // d
+    key = position[None, :]
+    if causal:
+        leader = torch.minimum(position // s * s + s - 1, n - 1)[:, None]
+        inside = (key <= position[:, None]) & (leader - key < k)
+    else:
+        leader = torch.minimum(position // s * s + s // 2, n - 1)
+        start = torch.minimum((leader - k // 2).clamp(min=0), n - k)[:, None]
+        inside = (key >= start) & (key < start + k)
+    inside = inside & (group[:, None] == group[None, :])
+    return inside, key - position[:, None]
+
+
+def keys_seen(position: int, n: int, window: Window) -> range:
+    """The keys that a query sees, in positions of a class of n tokens."""
+    k, s, _, causal = window
+    if causal:
+        leader = min(position // s * s + s - 1, n - 1)
+        return range(max(leader - k + 1, 0), position + 1)
+    leader = min(position // s * s + s // 2, n - 1)
+    start = min(max(leader - k // 2, 0), n - k)
+    return range(start, start + k)
+
+
+@functools.lru_cache(maxsize=256)
+def axis_tiles(length: int, window: Window, tile: int) -> Axis:
+    """The tiles of one axis."""
+    d = window.dilation
+    ranges = []
+    for group in range(d):
+        n = -(-(length - group) // d)
+        ranges.append([keys_seen(position, n, window) for position in range(n)])
+    return cut(length, d, tile, ranges)
+
+
+# Time of one score, and of moving the key and value (and their gradients) of one halo position,
+# relative to each other, on a CPU at head_dim 32.
+SCORE, HALO = 3, 16
+
+
+@functools.lru_cache(maxsize=256)
+def tiles_for(spatial: tuple[int, ...], windows: tuple[Window, ...]) -> tuple[Axis, ...]:
+    """The cheapest tiles for this map: few halo positions, and scores that are mostly wanted."""
+    choices = []
+    for length, window in zip(spatial, windows):
+        size = -(-length // window.dilation)
+        tiles = {min(size, tile) for tile in (*range(2, 17), 32, 64)} | {size}
+        choices.append([axis_tiles(length, window, tile) for tile in sorted(tiles) if tile <= 64])
+
+    def cost(axes: tuple[Axis, ...]) -> float:
+        halos = math.prod(axis.classes * axis.tiles * axis.halo for axis in axes)
+        return halos * (SCORE * math.prod(axis.tile for axis in axes) + HALO)
+
+    return min(itertools.product(*choices), key=cost)
+
+
+def pairs_seen(spatial: tuple[int, ...], windows: tuple[Window, ...]) -> int:
+    """Number of (query, key) pairs of one head of one image."""
+    pairs = 1
+    for length, window in zip(spatial, windows):
+        d = window.dilation
+        sizes = (-(-(length - group) // d) for group in range(d))
+        pairs *= sum(len(keys_seen(position, n, window)) for n in sizes for position in range(n))
+    return pairs
+
+
+def plain_axis(length: int, window: Window, device: torch.device) -> PlainAxis:
+    """An axis for `attend_plain`: window bounds by arithmetic on a length that may be symbolic.
+
+    Where the border falls in a tile is unknown, so halos are wide enough for any place.
+    """
+    k, s, d, causal = window
+    tile = s * -(-max(4, k // 2 + 1) // s)
+    size = (length + d - 1) // d
+    tiles = (size + tile - 1) // tile
+    group = torch.arange(d, device=device)[:, None]
+    n = (length - group + d - 1) // d
+    position = torch.arange(tiles * tile, device=device)
+    if causal:
+        leader = torch.minimum(position // s * s + s - 1, n - 1)
+        start, stop = (leader - k + 1).clamp(min=0), (position + 1).expand(d, -1)
+    else:
+        leader = torch.minimum(position // s * s + s // 2, n - 1)
+        start = torch.minimum((leader - k // 2).clamp(min=0), n - k)
+        stop = start + k
+    return PlainAxis(
+        length,
+        d,
+        tile,
+        tiles,
+        before=k - 1,
+        halo=k - 1 + max(k, tile + k - k // 2),
+        start=start.unflatten(-1, (tiles, tile)),
+        stop=stop.unflatten(-1, (tiles, tile)),
+    )

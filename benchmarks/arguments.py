@@ -26,12 +26,12 @@ def known(kind: str, names: Sequence[str], allowed: Iterable[str]) -> tuple[str,
 
 
 def device_named(name: str | None) -> torch.device:
-    """The device of this name; a CUDA device if there is one, if None.
+    """The device of this name; a CUDA device if there is one, if None or "auto".
 
     Raises:
         ValueError: it is neither the CPU nor a CUDA device, or is not there.
     """
-    if name is None:
+    if name is None or name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)

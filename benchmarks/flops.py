@@ -26,6 +26,7 @@ from unittest import mock
 
 import timm
 import torch
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
@@ -71,6 +72,19 @@ def check_name(name: str) -> None:
     nearest = difflib.get_close_matches(name, timm.list_models(), n=4)
     hint = f"; did you mean {', '.join(nearest)}?" if nearest else "; see `vitarium list`"
     raise ValueError(f"model {name!r} is not registered{hint}")
+
+
+def pretrained_cfg(name: str) -> PretrainedCfg:
+    """timm's configuration of "model" or "model.tag".
+
+    Raises:
+        ValueError: there is none.
+    """
+    check_name(name)
+    config = timm.get_pretrained_cfg(name)
+    if config is None:
+        raise ValueError(f"model {name!r} has no configuration")
+    return config
 
 
 def input_shape(model: nn.Module, image_size: int | None, batch: int) -> tuple[int, ...]:
@@ -247,8 +261,11 @@ def _opaque_operators() -> Iterator[None]:
             libraries.append(torch.library.Library(namespace, "IMPL"))
             register(libraries[-1], getattr(getattr(torch.ops, namespace), operator).default)
         # What makes Triton's operators accept tensors on the CPU.
-        pretended = {"TRITON_INSTALLED": True, "TRITON_INTERPRET": True}
-        with mock.patch.multiple(dispatch, **pretended), dispatch.backend("triton"):
+        with (
+            mock.patch.object(dispatch, "TRITON_INSTALLED", True),
+            mock.patch.object(dispatch, "TRITON_INTERPRET", True),
+            dispatch.backend("triton"),
+        ):
             yield
     finally:
         for library in libraries:

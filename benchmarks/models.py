@@ -159,7 +159,7 @@ def _prepare(
     with torch.inference_mode():
         expected = built(x)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    built = built.to(dtype=dtype, memory_format=layout)
+    built = built.to(dtype).to(memory_format=layout)
     x = x.to(dtype=dtype, memory_format=layout)
     model = torch.compile(built) if compile else built
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +64,8 @@ def _sdpa_masked(case: Case, device: torch.device) -> Callable[..., Tensor]:
     index = neighbors(spatial, (kernel_size,) * rank, (dilation,) * rank, device)
     mask = torch.zeros(tokens, tokens, dtype=torch.bool, device=device).scatter_(1, index, True)
 
-    def run(*qkv: Tensor) -> Tensor:
-        output = F.scaled_dot_product_attention(*map(_flat, qkv), attn_mask=mask)
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = F.scaled_dot_product_attention(_flat(query), _flat(key), _flat(value), mask)
         return _unflat(output, spatial)
 
     return run
@@ -72,10 +73,16 @@ def _sdpa_masked(case: Case, device: torch.device) -> Callable[..., Tensor]:
 
 def _sdpa_global(case: Case, device: torch.device) -> Callable[..., Tensor]:
     spatial = _spatial(case)
-    return lambda *qkv: _unflat(F.scaled_dot_product_attention(*map(_flat, qkv)), spatial)
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = F.scaled_dot_product_attention(_flat(query), _flat(key), _flat(value))
+        return _unflat(output, spatial)
+
+    return run
 
 
 def _flex(case: Case, device: torch.device) -> Callable[..., Tensor]:
+    from torch._functorch import config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     spatial = _spatial(case)
@@ -93,13 +100,13 @@ def _flex(case: Case, device: torch.device) -> Callable[..., Tensor]:
 
     tokens = math.prod(spatial)
     blocks = create_block_mask(mask_mod, None, None, tokens, tokens, device=device)
-    # A backward that is timed alone runs many times on one graph.
-    with torch._functorch.config.patch(donated_buffer=False):
-        compiled = torch.compile(flex_attention, dynamic=False)
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
 
-    def run(*qkv: Tensor) -> Tensor:
-        with torch._functorch.config.patch(donated_buffer=False):
-            return _unflat(compiled(*map(_flat, qkv), block_mask=blocks), spatial)
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # A backward that is timed alone runs many times on one graph, which must keep its buffers.
+        with config.patch(donated_buffer=False):
+            output = compiled(_flat(query), _flat(key), _flat(value), block_mask=blocks)
+        return _unflat(output, spatial)
 
     return run
 

@@ -6,11 +6,11 @@ Times are seconds, memory is bytes, dates are UTC.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -208,15 +208,15 @@ def _cpu_name() -> str:
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that a measurement depends on, where installed."""
-    found = {"python": platform.python_version()}
+    found: dict[str, str | None] = {"python": platform.python_version()}
     for name in _VERSIONED:
-        if importlib.util.find_spec(name) is not None:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    if torch.version.cuda is not None and torch.cuda.is_available():
+    found["torch"] = torch.__version__  # says which CUDA it was built for
+    if torch.cuda.is_available():
         found["cuda"] = torch.version.cuda
-        found["driver"] = _output(
-            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
-        )
+        query = ("--query-gpu=driver_version", "--format=csv,noheader")
+        found["driver"] = _output("nvidia-smi", *query)
     return {name: version for name, version in found.items() if version}
 
 

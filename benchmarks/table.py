@@ -13,8 +13,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-import timm
-
 from vitarium import zoo
 from vitarium.benchmarks import flops
 from vitarium.ops import MIXERS, OPERATORS, Mixer
@@ -84,7 +82,7 @@ def _mixers_of(name: str) -> str:
 
 
 def _papers(name: str) -> list[str]:
-    ids = timm.get_pretrained_cfg(name).paper_ids or ()
+    ids = flops.pretrained_cfg(name).paper_ids or ()
     ids = (ids,) if isinstance(ids, str) else ids
     return [paper.removeprefix("arXiv:") for paper in ids]
 

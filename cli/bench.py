@@ -58,7 +58,7 @@ def _models_parser() -> ArgumentParser:
     parser.add_argument("names", metavar="MODEL", type=str, nargs="+", help="registered names")
     parser.add_argument("--batch-size", type=PositiveInt, default=1, help="images per forward")
     parser.add_argument(
-        "--image-size", type=PositiveInt | None, default=None, help="side of the images, pixels"
+        "--image-size", type=PositiveInt, default=None, help="side of the images, pixels"
     )
     parser.add_argument("--dtype", type=Dtype, default="float32", help="of weights and input")
     _add_place(parser, threads=None)
@@ -91,7 +91,7 @@ def _operators_parser() -> ArgumentParser:
     )
     parser.add_argument("names", metavar="OPERATOR", type=str, nargs="*", help="all, if none")
     _add_place(parser, threads=1)
-    parser.add_argument("--batch-size", type=PositiveInt | None, default=None, help="images")
+    parser.add_argument("--batch-size", type=PositiveInt, default=None, help="images")
     parser.add_argument("--dtypes", type=Dtype, nargs="+", default=None, help="data types")
     parser.add_argument(
         "--modes",
@@ -109,7 +109,7 @@ def _operators_parser() -> ArgumentParser:
         "--cuda-graphs", action="store_true", help="time kernels without their launches"
     )
     parser.add_argument(
-        "--minutes", type=PositiveFloat | None, default=None, help="begin nothing after so many"
+        "--minutes", type=PositiveFloat, default=None, help="begin nothing after so many"
     )
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
     parser.add_argument(
@@ -178,9 +178,7 @@ def _run_plot(config: Namespace) -> None:
 
 def _add_place(parser: ArgumentParser, threads: int | None) -> None:
     parser.add_argument("--device", type=str | None, default=None, help="cpu or cuda")
-    parser.add_argument(
-        "--threads", type=PositiveInt | None, default=threads, help="of torch, on the CPU"
-    )
+    parser.add_argument("--threads", type=PositiveInt, default=threads, help="of torch, on the CPU")
 
 
 def _say_where(path: str) -> None:

@@ -89,7 +89,7 @@ def _checkpoints(name: str) -> Table:
     bare = name.partition(".")[0]
     ours = bare in zoo.list_models()
     for tagged in timm.list_pretrained(f"{bare}.*"):
-        cfg = timm.get_pretrained_cfg(tagged)
+        cfg = flops.pretrained_cfg(tagged)
         published = zoo.published(tagged) if ours else None
         papers = [cfg.paper_ids] if isinstance(cfg.paper_ids, str) else cfg.paper_ids or []
         facts = [f"{cfg.input_size[-1]} pixels", f"licence {cfg.license or 'not stated'}", *papers]

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vitarium import zoo
-from vitarium.benchmarks import count
+from vitarium.benchmarks import count, flops
 
 
 def parser() -> ArgumentParser:
@@ -52,7 +52,7 @@ def model_list(pattern: str = "") -> Table:
 
 def _figures(tagged: str) -> tuple[str, ...]:
     """Published figures where there are, counted ones where not."""
-    cfg, published = timm.get_pretrained_cfg(tagged), zoo.published(tagged)
+    cfg, published = flops.pretrained_cfg(tagged), zoo.published(tagged)
     if published is not None:
         params, gflops = f"{published.params_M:g}", f"{published.gflops:g}"
     else:

@@ -70,6 +70,16 @@ def exists(position, length):
 
 
 @triton.jit
+def clip(position, length):
+    """Positions past the end moved to the last token, so that their windows are those of tokens."""
+    return (
+        tl.minimum(position[0], length[0] - 1),
+        tl.minimum(position[1], length[1] - 1),
+        tl.minimum(position[2], length[2] - 1),
+    )
+
+
+@triton.jit
 def token_offsets(batch, head, position, residue, dilation, strides, LARGE: tl.constexpr):
     """Offset of one head of tokens, in elements, in a tensor (batch, z, y, x, head, channel).
 

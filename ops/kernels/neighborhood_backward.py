@@ -21,6 +21,7 @@ from vitarium.ops.kernels.common import (
     LOG2E,
     axis_union,
     class_lengths,
+    clip,
     dot,
     exists,
     expand,
@@ -120,6 +121,7 @@ def query_kernel(
         batch = rest // heads
         q_at = positions(origin, tl.arange(0, BLOCK_M), QUERY_TILE)
         q_exists = exists(q_at, n)
+        q_at = clip(q_at, n)
         start, stop = windows(q_at, n, K, S, CAUSAL)
         o = load_tokens(
             output, output_strides, batch, head, q_at, q_exists, residue, dilation,
@@ -216,11 +218,13 @@ def key_value_kernel(
                 first[2] + x * QUERY_TILE[2],
             )
             q_at = positions(q_origin, tl.arange(0, BLOCK_M), QUERY_TILE)
+            q_exists = exists(q_at, n)
+            q_at = clip(q_at, n)
             start, stop = windows(q_at, n, K, S, CAUSAL)
             q, grad, row_logsumexp, row_delta = load_queries(
                 query, grad_output, logsumexp, delta,
                 query_strides, grad_output_strides, logsumexp_strides,
-                batch, head, q_at, exists(q_at, n), residue, dilation,
+                batch, head, q_at, q_exists, residue, dilation,
                 D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE,
             )  # fmt: skip
             table = bias
@@ -312,13 +316,15 @@ def bias_kernel(
             )
             k_origin = (q_origin[0] + shift[0], q_origin[1] + shift[1], q_origin[2] + shift[2])
             q_at = positions(q_origin, tl.arange(0, BLOCK_M), QUERY_TILE)
+            q_exists = exists(q_at, n)
+            q_at = clip(q_at, n)
             k_at = positions(k_origin, tl.arange(0, BLOCK_N), KEY_TILE)
             k_exists = exists(k_at, n) & (k_at[0] >= 0) & (k_at[1] >= 0) & (k_at[2] >= 0)
             start, stop = windows(q_at, n, K, S, CAUSAL)
             q, grad, row_logsumexp, row_delta = load_queries(
                 query, grad_output, logsumexp, delta,
                 query_strides, grad_output_strides, logsumexp_strides,
-                batch, head, q_at, exists(q_at, n), residue, dilation,
+                batch, head, q_at, q_exists, residue, dilation,
                 D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE,
             )  # fmt: skip
             k, v = load_keys(

@@ -13,6 +13,7 @@ import triton.language as tl
 from vitarium.ops.kernels.common import (
     LOG2E,
     class_lengths,
+    clip,
     dot,
     exists,
     expand,
@@ -56,6 +57,7 @@ def forward_kernel(
         batch = rest // heads
         q_at = positions(origin, tl.arange(0, BLOCK_M), QUERY_TILE)
         q_exists = exists(q_at, n)
+        q_at = clip(q_at, n)
         start, stop = windows(q_at, n, K, S, CAUSAL)
         q_column = expand(q_at, 1)
         start = expand(start, 1)

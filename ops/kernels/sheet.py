@@ -191,4 +191,6 @@ def sheet(
 ) -> list[Row]:
     """Compiles calls, all of `calls()` if None, for each compute capability."""
     which = calls() if which is None else list(which)
-    return [row for capability in capabilities for c in which for row in compile_call(c, capability)]
+    return [
+        row for capability in capabilities for c in which for row in compile_call(c, capability)
+    ]

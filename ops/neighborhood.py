@@ -523,7 +523,7 @@ class NeighborhoodAttention(Mixer, name="neighborhood"):
         bias = pattern.pop("bias")
         seen, offsets = zip(
             *(
-                (part[index] for part in axis_pattern(length, Window(*window), x.device))
+                [part[index] for part in axis_pattern(length, Window(*window), x.device)]
                 for length, index, window in zip(x.shape[1:3], position, zip(*pattern.values()))
             )
         )

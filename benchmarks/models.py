@@ -85,7 +85,7 @@ def bench_models(
             {name: model.run for name, model in prepared.items()},
             device=target,
             min_rounds=min_rounds,
-            max_rounds=max(min_rounds, 1000),
+            max_rounds=max(min_rounds, 200),
             seconds=seconds * len(prepared),
         )
         records = []

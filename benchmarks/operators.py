@@ -25,10 +25,8 @@ from vitarium.benchmarks.record import Record
 from vitarium.benchmarks.suite import MODES, Setting
 from vitarium.ops import OPERATORS
 
-DEFAULTS = {
-    "cpu": {"batch_size": 4, "dtypes": ("float32", "bfloat16"), "modes": ("forward", "training")},
-    "cuda": {"batch_size": 128, "dtypes": ("bfloat16",), "modes": ("forward", "backward")},
-}
+BATCH_SIZE = {"cpu": 4, "cuda": 128}
+DTYPES_MEASURED = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,8 @@ def bench_operators(
         threads: threads that torch uses on the CPU.
         min_rounds: samples per candidate at least.
         seconds: time given to each setting.
-        cuda_graphs: replay captured graphs: kernel time without the time to launch.
+        cuda_graphs: replay captured graphs: kernel time without the time to launch; for forward
+            and training.
         output: JSON Lines file. Every setting is appended when it is finished, and settings that
             the file holds already, of this machine, versions and commit, are not repeated.
         fresh: repeat them.
@@ -90,13 +89,19 @@ def bench_operators(
     """
     began = time.perf_counter()
     target = device_named(device)
-    defaults = DEFAULTS[target.type]
+    modes = known("mode", modes or _default_modes(target, cuda_graphs), MODES)
+    if cuda_graphs and (target.type != "cuda" or "backward" in modes):
+        raise ValueError(
+            "cuda_graphs=True needs a CUDA device and modes forward and training, got "
+            f"device={target.type!r} and modes {', '.join(modes)}"
+        )
     settings = _settings(
         known("operator", names or tuple(OPERATORS), OPERATORS),
-        batch_size if batch_size is not None else defaults["batch_size"],
-        known("dtype", dtypes or defaults["dtypes"], DTYPES),
-        known("mode", modes or defaults["modes"], MODES),
+        BATCH_SIZE[target.type] if batch_size is None else batch_size,
+        known("dtype", dtypes or DTYPES_MEASURED[target.type], DTYPES),
+        modes,
         match,
+        cuda_graphs,
     )
     if peers is not None:
         known("peer", peers, dict.fromkeys(name for s in SUITES.values() for name in s.peers))
@@ -133,8 +138,19 @@ def bench_operators(
     return Outcome(records, refused, remaining)
 
 
+def _default_modes(device: torch.device, cuda_graphs: bool) -> Sequence[str]:
+    if device.type == "cuda" and not cuda_graphs:
+        return ("forward", "backward")
+    return ("forward", "training")
+
+
 def _settings(
-    names: Sequence[str], batch_size: int, dtypes: Sequence[str], modes: Sequence[str], match: str
+    names: Sequence[str],
+    batch_size: int,
+    dtypes: Sequence[str],
+    modes: Sequence[str],
+    match: str,
+    cuda_graphs: bool,
 ) -> list[Setting]:
     """Every operator's cases, its standard ones if it has a suite, its test cases if not."""
     if batch_size < 1:
@@ -143,7 +159,7 @@ def _settings(
     for name in names:
         cases = SUITES[name].cases(batch_size) if name in SUITES else OPERATORS[name].cases
         settings += [
-            Setting(name, case, dtype, mode)
+            Setting(name, case, dtype, mode, cuda_graphs)
             for case in cases
             if match in case.note
             for dtype in dtypes
@@ -167,13 +183,16 @@ def _same(r: Record, setting: Setting, machine: record.Machine) -> bool:
 
 def _described(setting: Setting) -> dict[str, Any]:
     """The fields of a record that say what was measured."""
+    arguments = dict(setting.case.kwargs)
+    if setting.cuda_graphs:
+        arguments["cuda_graphs"] = True
     return {
         "kind": "operator",
         "name": setting.operator,
         "mode": setting.mode,
         "dtype": setting.dtype,
         "shapes": {name: list(shape) for name, shape in setting.case.shapes.items()},
-        "arguments": json.loads(json.dumps(dict(setting.case.kwargs))),
+        "arguments": json.loads(json.dumps(arguments)),
     }
 
 

@@ -133,6 +133,8 @@ def measured(
 ) -> Record:
     """A record of `samples`, with its statistics, versions, commit and date filled in.
 
+    Samples are kept to six significant digits.
+
     Args:
         samples: seconds per call, by clock.
         clock: the clock that is reported.
@@ -145,9 +147,10 @@ def measured(
     """
     if not samples.get(clock):
         raise ValueError(f"clock={clock!r} has no samples; sampled were {', '.join(samples)}")
+    samples = {name: [float(f"{s:.6g}") for s in values] for name, values in samples.items()}
     median = statistics.median(samples[clock])
     return Record(
-        samples={name: list(values) for name, values in samples.items()},
+        samples=samples,
         clock=typing.cast(Any, clock),
         median=median,
         p10=percentile(samples[clock], 10),

@@ -46,12 +46,16 @@ class Suite:
 
 @dataclass(frozen=True)
 class Setting:
-    """What candidates are compared in: an operator's case, a data type and a mode of `MODES`."""
+    """What candidates are compared in: an operator's case, a data type and a mode of `MODES`.
+
+    `cuda_graphs` says whether kernels are replayed, without the time to launch them.
+    """
 
     operator: str
     case: Case
     dtype: str
     mode: str
+    cuda_graphs: bool = False
 
     def __str__(self) -> str:
         return f"{self.operator} {self.case.note} {self.dtype} {self.mode}"

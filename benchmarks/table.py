@@ -31,13 +31,11 @@ _COLUMNS = ("mixer", "backends", "models", "paper", "params, M", "GFLOPs", "publ
 
 def readme_table() -> str:
     """A Markdown table: one row per family of models, ordered by mixer."""
-    families: defaultdict[str, list[str]] = defaultdict(list)
-    for name in sorted(zoo.list_models(), key=_by_size):
-        family = name[: size.start()] if (size := _SIZE.search(name)) else name
-        families[family].append(name)
     rows = [_COLUMNS, ("---",) * len(_COLUMNS)]
     # A family is one architecture: its smallest member has the mixers of all.
-    rows += sorted(_row(_mixers_of(names[0]), family, names) for family, names in families.items())
+    rows += sorted(
+        _row(_mixers_of(names[0]), family, names) for family, names in families().items()
+    )
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     present = [b for b in _BACKENDS if any(b in o.implementations for o in OPERATORS.values())]
     notes = (
@@ -45,6 +43,15 @@ def readme_table() -> str:
         f"Backends: {', '.join(f'`{b}` {_BACKENDS[b]}' for b in present)}.",
     )
     return "\n".join((*lines, "", *notes))
+
+
+def families() -> dict[str, list[str]]:
+    """Registered models by family, `nat_mini` in `nat`, each family from small to large."""
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for name in sorted(zoo.list_models(), key=_by_size):
+        size = _SIZE.search(name)
+        found[name[: size.start()] if size else name].append(name)
+    return dict(found)
 
 
 def _by_size(name: str) -> tuple[int, str]:
@@ -113,14 +120,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="file with the two markers")
     parser.add_argument("--check", action="store_true", help="change nothing; fail if it differs")
     options = parser.parse_args(arguments)
-    text = options.file.read_text()
+    text = options.file.read_text(encoding="utf-8")
     new = updated(text)
     if new == text:
         return 0
     if options.check:
         print(f"{options.file}: the table differs from the registry", file=sys.stderr)
         return 1
-    options.file.write_text(new)
+    options.file.write_text(new, encoding="utf-8", newline="\n")
     return 0
 
 

@@ -25,7 +25,9 @@ STEADY_GAIN = 0.03  # ... by more than this share of it
 WARM_UP_SECONDS = 5.0  # per candidate, if it never gets steady
 SAMPLE_SECONDS = 1e-3  # a CPU sample lasts at least so long: short calls are repeated within it
 SETTLE_SECONDS = 0.1  # a CPU sample of a call faster than this follows a call that is not timed
-L2_FLUSH_BYTES = 256 << 20  # larger than any second-level cache
+# Written before a CUDA run: more than any second-level cache holds, and so much that it takes longer
+# than Python needs to launch what follows; a sixteenth of the device's memory at most.
+FLUSH_BYTES = 1 << 30
 
 
 @contextlib.contextmanager
@@ -67,7 +69,8 @@ def interleave(
         flush_cache: on CUDA, overwrite the second-level cache before each run, so that inputs
             come from memory as they do within a model.
         cuda_graphs: on CUDA, capture each candidate once and replay it: the time of its kernels
-            without the time to launch them.
+            without the time to launch them. A candidate must be complete: the backward of a graph
+            that was recorded outside cannot be captured.
 
     Returns:
         Seconds per call by candidate and clock: "wall" and "cpu" on the CPU, "cuda" on CUDA.
@@ -156,7 +159,9 @@ def _interleave_cuda(
         _warm_up(run, torch.cuda.synchronize)
     if cuda_graphs:
         candidates = {name: _capture(run) for name, run in candidates.items()}
-    flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda") if flush_cache else None
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    size = min(FLUSH_BYTES, memory // 16)
+    flush = torch.empty(size, dtype=torch.int8, device="cuda") if flush_cache else None
     samples: dict[str, Samples] = {name: {"cuda": []} for name in candidates}
     for names in _rounds(list(candidates), min_rounds, max_rounds, seconds):
         events = {}

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import vitarium.zoo  # noqa: F401
-from vitarium.benchmarks import flops
+from vitarium.benchmarks import flops, table
 from vitarium.benchmarks.flops import Counts
 from vitarium.ops import MIXERS, OPERATORS, build_mixer, dispatch
 
@@ -20,10 +20,11 @@ def test_a_convolution_and_a_linear_layer_by_hand():
     assert flops.count_with_fvcore(model, 32, batch=2) == flops.count(model, 32, batch=2)
 
 
-# A convolutional net; SDPA with a class token; windows with bias; channel attention; einsum.
+# The smallest model of every family of ours, and of timm's: a convolutional net; SDPA with a class token; windows with bias; channel attention; einsum.
 @pytest.mark.parametrize(
     "name",
     [
+        *(names[0] for names in table.families().values()),
         "resnet18",
         "vit_tiny_patch16_224",
         "swin_tiny_patch4_window7_224",

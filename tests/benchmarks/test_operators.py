@@ -174,6 +174,7 @@ def test_backends_say_why_they_cannot_run():
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"threads": 0}, "threads=0 must be at least 1"),
         ({"device": "cuda:77"}, "torch sees"),
+        ({"cuda_graphs": True}, "cuda_graphs=True needs a CUDA device"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -121,11 +121,12 @@ def test_models_by_published_accuracy_and_latency(tmp_path, drawn):
 def test_the_table_has_every_model_and_mixer():
     text = table.readme_table()
     rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
-    for name in zoo.list_models():
-        size = table._SIZE.search(name)
-        family = name[: size.start()] if size else name
+    families = table.families()
+    assert sorted(name for names in families.values() for name in names) == zoo.list_models()
+    for family, names in families.items():
         (row,) = [row for row in rows if f"`{family}_`" in row or f"`{family}`" in row]
-        assert name.removeprefix(family).strip("_") in row
+        for name in names:
+            assert name.removeprefix(family).strip("_") in row
     assert {row.split(" | ")[0].removeprefix("| ") for row in rows} <= MIXERS.keys()
     assert "2.7 - 13.7" in text and "81.8 - 84.3" in text  # nat_mini to nat_base
 

@@ -59,7 +59,7 @@ def predict(
     predictions = []
     for start in range(0, len(paths), batch_size):
         chunk = paths[start : start + batch_size]
-        batch = torch.stack([torch.from_numpy(transform(read_image(path))) for path in chunk])
+        batch = torch.stack([torch.as_tensor(transform(read_image(path))) for path in chunk])
         with accelerator.autocast():
             logits: Tensor = model(inputs.normalize(batch.to(accelerator.device)))
         probabilities, classes = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))

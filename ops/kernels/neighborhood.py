@@ -39,6 +39,7 @@ def _launch(kernel: Any, programs: int, config: TileConfig, device: torch.device
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "enable_fp_fusion": True,
+        "maxnreg": config.max_registers,
     }
     if recorder is not None:
         recorder(kernel, arguments, options)

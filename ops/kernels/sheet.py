@@ -86,13 +86,19 @@ class Row:
 
 
 def calls() -> list[Call]:
-    """Calls that together reach every entry of the launch table, each with and without a bias."""
+    """Calls that together reach every entry of the launch table.
+
+    Per head_dim and element size: maps of one to three dimensions, a narrow map, and with a bias
+    the call that needs most registers, in three dimensions, dilated and strided.
+    """
     found = []
-    for head_dim, dtype, has_bias in itertools.product(
-        HEAD_DIMS, (torch.bfloat16, torch.float32), (False, True)
-    ):
-        for rank, length in ((1, 64), (2, 64), (2, NARROW), (3, 64)):
-            found.append(Call(rank, head_dim, dtype, has_bias, length=length))
+    for head_dim, dtype in itertools.product(HEAD_DIMS, (torch.bfloat16, torch.float32)):
+        found += [
+            Call(2, head_dim, dtype),
+            Call(3, head_dim, dtype, has_bias=True, kernel_size=3, stride=2, dilation=2),
+            Call(1, head_dim, dtype),
+            Call(2, head_dim, dtype, length=NARROW),
+        ]
     return found
 
 

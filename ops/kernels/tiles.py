@@ -56,9 +56,9 @@ _SIZES = {
         256: (32, 32, 8, 1),
     },
     ("key_value", 4): {
-        32: (32, 32, 4, 2),
+        32: (32, 16, 4, 2),
         64: (32, 32, 8, 2),
-        128: (16, 16, 4, 2),
+        128: (16, 16, 8, 1),
         256: (16, 16, 8, 1),
     },
     ("bias", 2): {
@@ -80,12 +80,17 @@ NARROW = 8
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Shapes of the query and key tiles, an entry per spatial dimension, and launch options."""
+    """Shapes of the query and key tiles, an entry per spatial dimension, and launch options.
+
+    `max_registers` per thread, if not None, keeps the assembler from spilling a few registers for
+    the sake of one more block per multiprocessor.
+    """
 
     query: tuple[int, ...]
     key: tuple[int, ...]
     num_warps: int
     num_stages: int
+    max_registers: int | None
 
 
 def tiles(
@@ -116,4 +121,6 @@ def tiles(
         query, key = walked[rank][queries], _SQUARE[rank][keys]
     else:
         query, key = _SQUARE[rank][queries], walked[rank][keys]
-    return TileConfig(query, key, num_warps, num_stages)
+    # Products of float32 are unrolled into long chains of multiply-adds.
+    max_registers = None
+    return TileConfig(query, key, num_warps, num_stages, max_registers)

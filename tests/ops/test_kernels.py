@@ -14,11 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
-from vitarium.ops import neighborhood_attention
-from vitarium.ops.kernels import neighborhood as kernels
-from vitarium.ops.neighborhood import Window, _dense_pattern
+import triton.language as tl  # noqa: E402
+
+from vitarium.ops import neighborhood_attention  # noqa: E402
+from vitarium.ops.kernels import neighborhood as kernels  # noqa: E402
+from vitarium.ops.kernels.common import axis_inverse, axis_union  # noqa: E402
+from vitarium.ops.windows import Window, axis_pattern  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available() and not INTERPRETED
@@ -217,16 +220,52 @@ def test_two_runs_are_bit_equal(case: Case) -> None:
         assert torch.equal(first[name], second[name]), name
 
 
+@triton.jit
+def _bounds_kernel(
+    result, n, count, BLOCK: tl.constexpr, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr
+):
+    first = tl.arange(0, BLOCK)
+    start, stop = axis_union(first, count, n, K, S, CAUSAL)
+    low, high = axis_inverse(first, count, n, K, S, CAUSAL)
+    tl.store(result + first, start)
+    tl.store(result + BLOCK + first, stop)
+    tl.store(result + 2 * BLOCK + first, low)
+    tl.store(result + 3 * BLOCK + first, high)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("kernel_size", [1, 2, 5, 6])
+def test_walks_visit_what_is_seen_and_no_more(kernel_size: int, is_causal: bool) -> None:
+    """Bounds of the walks over keys and over queries, against the definition, exhaustively."""
+    block = 16
+    for stride in range(1, kernel_size + 1):
+        for n in range(kernel_size, 14):
+            window = Window(kernel_size, stride, 1, is_causal)
+            seen, _ = axis_pattern(n, window, torch.device("cpu"))
+            for count in (1, 4):
+                result = torch.empty(4, block, dtype=torch.int32, device=DEVICE)
+                _bounds_kernel[(1,)](result, n, count, block, *window[:2], is_causal)
+                for first in range(n):
+                    start, stop, low, high = result[:, first].tolist()
+                    keys = seen[first : first + count].any(0).nonzero()
+                    assert (start, stop) == (keys.min(), keys.max() + 1)
+                    queries = seen[:, first : first + count].any(1).nonzero()
+                    if len(queries):
+                        assert (low, high) == (queries.min(), queries.max() + 1)
+                    else:
+                        assert low >= high
+
+
 def test_logsumexp() -> None:
     case = replace(SMALL[1], has_bias=False)
     (query, key, value), _ = _inputs(case)
     _, ours = kernels.forward(query, key, value, None, case.windows, 0.3)
-    inside, _ = _dense_pattern(case.spatial, case.windows, None, query.device)
+    inside, _ = axis_pattern(case.spatial[0], case.windows[0], query.device)
     key = key.double().repeat_interleave(case.heads // case.heads_kv, dim=-2)
     scores = torch.einsum("bnhd,bmhd->bnhm", query.double(), key) * 0.3
     scores = scores.masked_fill(~inside[:, None, :], -math.inf)
-    expected = scores.logsumexp(-1) / math.log(2)
     assert ours.dtype == FLOAT32
+    expected = scores.logsumexp(-1) / math.log(2)
     torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -250,7 +289,7 @@ def test_large_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_operators_pass_opcheck() -> None:
     case = Case((7,), (3,))
     (query, key, value, bias), grad = _inputs(case)
-    pattern = ([3], [1], [1], [False], 0.25)
+    pattern = ([3], [1], [1], [False], 0.25, True)
     leaves = [t.requires_grad_() for t in (query, key, value, bias)]
     torch.library.opcheck(torch.ops.vitarium.neighborhood_attention.default, (*leaves, *pattern))
     output, logsumexp = torch.ops.vitarium.neighborhood_attention(*leaves, *pattern)

@@ -25,7 +25,7 @@ STEADY_GAIN = 0.03  # ... by more than this share of it
 WARM_UP_SECONDS = 5.0  # per candidate, if it never gets steady
 SAMPLE_SECONDS = 1e-3  # a CPU sample lasts at least so long: short calls are repeated within it
 SETTLE_SECONDS = 0.1  # a CPU sample of a call faster than this follows a call that is not timed
-# Written before a CUDA run: more than any second-level cache holds, and so much that it takes longer
+# Written before a CUDA run: more than a second-level cache holds, and so much that it takes longer
 # than Python needs to launch what follows; a sixteenth of the device's memory at most.
 FLUSH_BYTES = 1 << 30
 

@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vitarium.ops.tiles import NEGATIVE, STRIPS_PAY, Additive, Axis, PlainAxis, Plan
@@ -215,19 +214,14 @@ def attend_plain(
     offsets = []
     for i, axis in enumerate(axes):
         at = 1 + 3 * i  # this axis becomes (tiles, tile or halo, classes)
-        size = (axis.length + axis.classes - 1) // axis.classes
         index = torch.arange(axis.tiles, device=device)[:, None] * axis.tile - axis.before
         index = index + torch.arange(axis.halo, device=device)
-        taken = torch.minimum(index.clamp(min=0), torch.full_like(index, size - 1)).flatten()
-        key, value = (
-            _pad(tensor, at, size * axis.classes - axis.length)
-            .unflatten(at, (size, axis.classes))
-            .index_select(at, taken)
-            .unflatten(at, (axis.tiles, axis.halo))
-            for tensor in (key, value)
-        )
-        query = _pad(query, at, axis.tiles * axis.tile * axis.classes - axis.length)
-        query = query.unflatten(at, (axis.tiles, axis.tile, axis.classes))
+        classes = torch.arange(axis.classes, device=device)
+        taken = index.clamp(min=0)[..., None] * axis.classes + classes
+        key, value = (_take(tensor, at, taken, axis.length) for tensor in (key, value))
+        taken = torch.arange(axis.tiles * axis.tile * axis.classes, device=device)
+        taken = taken.view(axis.tiles, axis.tile, axis.classes)
+        query = _take(query, at, taken, axis.length)
         index = index[:, None]
         seen = (index >= axis.start[..., None]) & (index < axis.stop[..., None])
         # (tiles and classes of every axis, tile of every axis, halo of every axis)
@@ -258,10 +252,12 @@ def attend_plain(
     output = (weights @ value).reshape(*shape, value.shape[-1])
     output = output.permute(sorted(range(len(order)), key=order.__getitem__))
     for i, axis in enumerate(axes):
-        output = output.flatten(1 + i, 3 + i).narrow(1 + i, 0, axis.length)
-    return output.contiguous()
+        whole = output.flatten(1 + i, 3 + i)
+        output = whole.index_select(1 + i, torch.arange(axis.length, device=device))
+    return output
 
 
-def _pad(x: Tensor, axis: int, extra: int) -> Tensor:
-    """The tensor with `extra` zeros at the end of an axis."""
-    return F.pad(x, [0, 0] * (x.dim() - 1 - axis) + [0, extra])
+def _take(x: Tensor, axis: int, index: Tensor, length: int) -> Tensor:
+    """The tokens of an axis at `index`, whose shape replaces it; beyond the end, the last one."""
+    index = torch.minimum(index, torch.full_like(index, length - 1))
+    return x.index_select(axis, index.flatten()).unflatten(axis, index.shape)

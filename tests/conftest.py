@@ -42,8 +42,13 @@ class Parity:
 
     @classmethod
     def state_dict(cls, entries: Iterable[tuple[str, list[int], str]]) -> dict[str, Tensor]:
-        """The state dict that a golden lists as (name, shape, kind)."""
-        return {key: cls.fill(key, tuple(shape)) for key, shape, kind in entries if kind == "float"}
+        """The state dict that a golden lists as (name, shape, kind); zeros where not "float"."""
+        return {
+            key: cls.fill(key, tuple(shape))
+            if kind == "float"
+            else torch.zeros(shape, dtype=torch.long)
+            for key, shape, kind in entries
+        }
 
     @staticmethod
     def image(batch: int, channels: int, height: int, width: int) -> Tensor:

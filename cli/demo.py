@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import ArgumentError
+from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
+from PIL import Image
 from rich.console import Console
 
 from vitarium.benchmarks import bench_models, print_table
@@ -15,7 +17,7 @@ from vitarium.cli.train import print_result
 from vitarium.train import ConfigError, Interrupted, TrainConfig, evaluate, load_model, train
 from vitarium.train.checkpoint import claim_folder
 from vitarium.train.config import find_recipe
-from vitarium.train.data import load_data
+from vitarium.train.data import load_data, read_image
 from vitarium.train.evaluate import record_evaluation
 from vitarium.train.plots import attention_picture
 from vitarium.train.predict import predict
@@ -92,11 +94,13 @@ def run(config: Namespace) -> int:
     return 0
 
 
-def _write_samples(folder: Path, images: list, targets: list[int]) -> list[Path]:
+def _write_samples(
+    folder: Path, images: Sequence[Image.Image | Path], targets: Sequence[int]
+) -> list[Path]:
     """The images as PNG files, for `vitarium predict`; named by what they show."""
     folder.mkdir(exist_ok=True)
     paths = []
     for number, (image, target) in enumerate(zip(images, targets)):
         paths.append(folder / f"{number}_is_{target}.png")
-        image.save(paths[-1])
+        read_image(image).save(paths[-1])
     return paths

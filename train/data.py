@@ -69,7 +69,7 @@ def _load_digits(argument: str) -> ImageData:
 
     if argument:
         raise ValueError(f"data='digits:{argument}': digits takes no argument")
-    digits = load_digits()
+    digits: Any = load_digits()
     images = [digit_image(scan) for scan in digits.images]
     return _hold_out("digits", Split(images, digits.target.tolist()), list("0123456789"))
 
@@ -139,13 +139,15 @@ def _hold_out(origin: str, split: Split, classes: list[str]) -> ImageData:
     return ImageData(train, held_out, classes)
 
 
-def read_image(path: Path) -> Image.Image:
-    """The image in a file, in RGB.
+def read_image(path: Path | Image.Image) -> Image.Image:
+    """The image in a file, in RGB; an image is returned as it is.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it holds no image that can be read.
     """
+    if isinstance(path, Image.Image):
+        return path
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
@@ -238,12 +240,10 @@ class Samples(Dataset[tuple[Any, int] | Exception]):
 
     def __getitem__(self, key: int | tuple[int, ...]) -> tuple[Any, int] | Exception:
         index, *numbers = (key,) if isinstance(key, int) else key
-        image = self.split.images[index]
-        if isinstance(image, Path):
-            try:
-                image = read_image(image)
-            except (OSError, ValueError) as error:
-                return error
+        try:
+            image = read_image(self.split.images[index])
+        except (OSError, ValueError) as error:
+            return error
         if numbers:
             _seed_cpu(*numbers, index)
         return self.transform(image), self.split.targets[index]

@@ -12,37 +12,21 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from accelerate import Accelerator
 from rich.console import Console
-from timm.data import Mixup, resolve_data_config
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
 from vitarium.train import checkpoint as files
-from vitarium.train.config import ConfigError, TrainConfig, nearest
-from vitarium.train.data import (
-    STEP,
-    EpochBatches,
-    ImageData,
-    InputConfig,
-    Samples,
-    batches,
-    create_loader,
-    load_data,
-    random_erasing,
-    seed_all,
-)
-from vitarium.train.evaluate import Evaluation, create_accelerator, held_out_loader, score
+from vitarium.train import setup
+from vitarium.train.config import TrainConfig
+from vitarium.train.data import STEP, EpochBatches, batches, load_data, seed_all
+from vitarium.train.evaluate import Evaluation, create_accelerator, score
 from vitarium.train.interrupt import Interrupted, StopRequest, stop_on_signal
 from vitarium.train.plots import learning_curves
 from vitarium.train.progress import Progress
@@ -127,27 +111,20 @@ class _Run:
         classes = len(self.data.classes)
         kwargs = config.model_kwargs
         self.network = files.build_model(config.model, classes, kwargs, config.pretrained)
-        self.inputs = _input_config(self.network, config)
-        self.loader, self.held_out = _loaders(config, self.data, self.inputs, self.accelerator)
+        self.inputs = setup.input_config(self.network, config)
+        self.loader, self.held_out = setup.create_loaders(
+            config, self.data, self.inputs, self.accelerator
+        )
         self.order: EpochBatches = self.loader.batch_sampler  # type: ignore[assignment]
         self.steps_per_epoch = len(self.order)
         self.epochs = config.epochs + config.schedule.cooldown_epochs
-        self.prepare = _batch_preparation(config, classes, self.inputs, self.accelerator.device)
-        mixes = config.augment.mixup > 0 or config.augment.cutmix > 0  # Mixup smooths by itself
-        smoothing = 0.0 if mixes else config.augment.label_smoothing
-        self.loss_function = nn.CrossEntropyLoss(label_smoothing=smoothing)
-        self.network.to(self.accelerator.device)
-        optimizer = _optimizer(self.network, config)
-        self.scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=config.schedule.name,
-            num_epochs=config.epochs,
-            warmup_epochs=config.schedule.warmup_epochs,
-            warmup_lr=config.schedule.warmup_lr,
-            min_lr=config.schedule.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=self.steps_per_epoch,
+        self.prepare = setup.create_batch_preparation(
+            config, classes, self.inputs, self.accelerator.device
         )
+        self.loss_function = setup.create_loss(config)
+        self.network.to(self.accelerator.device)
+        optimizer = setup.create_optimizer(self.network, config)
+        self.scheduler = setup.create_scheduler(optimizer, config, self.steps_per_epoch)
         decay = config.ema_decay
         self.ema = ModelEmaV3(self.network, decay, use_warmup=True) if decay is not None else None
         self.model, self.optimizer = self.accelerator.prepare(self.network, optimizer)
@@ -362,78 +339,3 @@ class _Run:
 def _expected(error: BaseException) -> bool:
     """Whether the message alone says what happened; of anything else the log keeps the trace."""
     return isinstance(error, (Interrupted, KeyboardInterrupt, OSError, FloatingPointError))
-
-
-def _input_config(network: nn.Module, config: TrainConfig) -> InputConfig:
-    """The input that the configuration asks for; what it leaves open, as the model's own."""
-    resolved = resolve_data_config(model=network)
-    channels, *size = resolved["input_size"]
-    if channels != 3:
-        raise ValueError(f"model={config.model!r} takes {channels} channels; images have 3")
-    if config.image_size is not None:
-        size = [config.image_size, config.image_size]
-    return InputConfig(
-        image_size=tuple(size),  # type: ignore[arg-type]
-        mean=tuple(resolved["mean"]),
-        std=tuple(resolved["std"]),
-        interpolation=resolved["interpolation"],
-        crop_pct=resolved["crop_pct"] if config.crop_pct is None else config.crop_pct,
-    )
-
-
-def _loaders(
-    config: TrainConfig, data: ImageData, inputs: InputConfig, accelerator: Accelerator
-) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Loaders of the training images and of the held-out ones."""
-    samples = Samples(data.train, inputs.transform(config.augment))
-    order = EpochBatches(
-        len(samples),
-        config.batch_size,
-        config.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    loader = create_loader(samples, config.workers, batch_sampler=order)
-    batch_size, workers = config.batch_size, config.workers
-    return loader, held_out_loader(data, inputs, batch_size, workers, accelerator)
-
-
-def _batch_preparation(
-    config: TrainConfig, classes: int, inputs: InputConfig, device: torch.device
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """From a batch as loaded to the model's input and target: normalised, erased, mixed."""
-    augment = config.augment
-    erase = random_erasing(augment, device) if augment.random_erasing else None
-    mix = None
-    if augment.mixup or augment.cutmix:
-        mix = Mixup(
-            augment.mixup,
-            augment.cutmix,
-            label_smoothing=augment.label_smoothing,
-            num_classes=classes,
-        )
-
-    def prepare(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        images = inputs.normalize(images)
-        if erase is not None:
-            images = erase(images)
-        return mix(images, targets) if mix is not None else (images, targets)
-
-    return prepare
-
-
-def _optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    optimizer = config.optimizer
-    if optimizer.name not in list_optimizers():
-        raise ConfigError(
-            f"optimizer.name={optimizer.name!r} is unknown"
-            f"{nearest(optimizer.name, list_optimizers())}"
-        )
-    return create_optimizer_v2(
-        network,
-        opt=optimizer.name,
-        lr=optimizer.lr,
-        weight_decay=optimizer.weight_decay,
-        momentum=optimizer.momentum,
-        **({"betas": tuple(optimizer.betas)} if optimizer.betas is not None else {}),
-    )

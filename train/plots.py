@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vitarium.ops import Mixer
 from vitarium.train.checkpoint import Description, write_atomic
+from vitarium.train.data import read_image
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -74,13 +75,14 @@ def attention_maps(
         ValueError: no mixer of the model has attention weights.
     """
     seen: dict[str, tuple[Mixer, Tensor]] = {}
-    hooks = [
-        module.register_forward_pre_hook(
-            lambda mixer, args, name=name: seen.update({name: (mixer, args[0])})
-        )
-        for name, module in model.named_modules()
-        if isinstance(module, Mixer)
-    ]
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, Mixer):
+
+            def keep(mixer: Mixer, inputs: tuple[Tensor], name: str = name) -> None:
+                seen[name] = mixer, inputs[0]
+
+            hooks.append(module.register_forward_pre_hook(keep))
     try:
         logits = model(image)
     finally:
@@ -101,7 +103,7 @@ def attention_maps(
 def attention_picture(
     model: nn.Module,
     description: Description,
-    images: Sequence[Image.Image],
+    images: Sequence[Image.Image | Path],
     targets: Sequence[int],
     path: Path,
     columns: int = 4,
@@ -113,7 +115,7 @@ def attention_picture(
     Args:
         model: in evaluation mode, on the CPU.
         description: classes and input of the model, as `load_model` gives it.
-        images: the images.
+        images: the images, or the paths of their files.
         targets: the index of the class of each.
         path: the file to write.
         columns: how many mixers to show at most, evenly chosen from first to last.
@@ -122,7 +124,7 @@ def attention_picture(
     transform = inputs.transform()
     rows = []
     for image in images:
-        pixels = torch.as_tensor(transform(image))[None]
+        pixels = torch.as_tensor(transform(read_image(image)))[None]
         point = _most_contrast(pixels)
         rows.append((pixels[0], point, *attention_maps(model, inputs.normalize(pixels), point)))
     names = list(rows[0][3])

@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from vitarium.benchmarks import record
@@ -18,8 +19,8 @@ from vitarium.benchmarks.record import Record
 INK, MUTED, GRID = "#1b1f24", "#57606a", "#d8dee4"
 # Ours in one strong colour; peers in colours that stay apart for colour-blind readers and in grey.
 COLOURS = {
-    "torch": "#0b63c5",
-    "triton": "#0b63c5",
+    "torch": "#2477d4",
+    "triton": "#0a3d91",
     "natten": "#8250a8",
     "flex": "#e08a00",
     "sdpa_masked": "#57a773",
@@ -149,30 +150,41 @@ def plot_models(
     points = {r.name: r for r in records if r.kind == "model" and r.name in accuracies}
     if not points:
         raise ValueError("no record of a model whose accuracy is known")
-    figure = Figure(figsize=(8.2, 5.2), facecolor="white")
+    figure = Figure(figsize=(9.4, 5.4), facecolor="white")
     ax = figure.subplots()
     families: dict[str, list[Record]] = {}
     for r in sorted(points.values(), key=lambda r: r.median):
         families.setdefault(r.name.rpartition("_")[0], []).append(r)
-    palette = [*dict.fromkeys(COLOURS.values())]
+    palette = ["#0b63c5", "#c2410c", "#2f855a", "#8250a8", "#8a6d00", "#57606a"]
     for number, (family, members) in enumerate(families.items()):
         colour = palette[number % len(palette)]
         x = [1e3 * r.median for r in members]
         y = [accuracies[r.name] for r in members]
         ax.plot(x, y, "-o", color=colour, markersize=7, linewidth=1.4, label=family, zorder=3)
+        below = number % 2 == 1  # families often coincide in a point: their names must not
         for r, latency, accuracy in zip(members, x, y):
-            offset = (7, -3)
             ax.annotate(
-                r.name, (latency, accuracy), xytext=offset, textcoords="offset points",
-                fontsize=8, color=INK,
-            )  # fmt: skip
+                r.name,
+                (latency, accuracy),
+                xytext=(6, -13 if below else 7),
+                textcoords="offset points",
+                fontsize=8.5,
+                color=colour,
+                weight="bold",
+                zorder=4,
+                path_effects=[withStroke(linewidth=3, foreground="white")],
+            )
     _style(ax)
-    ax.margins(x=0.16, y=0.1)
+    ax.margins(x=0.17, y=0.1)
     ax.set_xlabel("latency of one forward, ms (median)", color=MUTED)
     ax.set_ylabel("ImageNet-1K top-1, % (published)", color=MUTED)
-    shape = "x".join(map(str, next(iter(points.values())).shapes["input"]))
-    subtitle = f"input {shape}, {next(iter(points.values())).dtype}, inference mode"
-    _frame(figure, list(points.values()), ("Accuracy against latency", subtitle), [])
+    first = next(iter(points.values()))
+    shape = "x".join(map(str, first.shapes["input"]))
+    titles = (
+        "Accuracy over latency: up and to the left is better",
+        f"input {shape}, {first.dtype}, inference mode",
+    )
+    _frame(figure, list(points.values()), titles, [])
     _save(figure, path)
 
 
@@ -203,11 +215,11 @@ def _frame(
 ) -> None:
     """Title, subtitle and legend above the axes; where it was measured below them."""
     height = figure.get_figheight()
-    left = 0.06
+    left = 0.74 / figure.get_figwidth()
     title, subtitle = titles
     figure.text(left, 1 - 0.14 / height, title, fontsize=15, weight="bold", color=INK, va="top")
     figure.text(left, 1 - 0.46 / height, subtitle, fontsize=10, color=MUTED, va="top")
-    top = 0.78
+    top = 0.62
     if names:
         handles = _legend_handles(names)
         figure.legend(

@@ -29,7 +29,7 @@ import torch
 SCHEMA = 1
 CLOCKS = {
     "wall": "wall time",
-    "cpu": "process CPU time, summed over threads",
+    "cpu": "process CPU time",
     "cuda": "CUDA events",
 }
 _VERSIONED = ("torch", "triton", "timm", "natten", "vitarium")

@@ -583,14 +583,46 @@ class GlobalAttention(NeighborhoodAttention, name="global"):
         }
 
 
-_SMALL = (2, 9, 11, 2, 16)
+def _case(
+    note: str,
+    spatial: tuple[int, ...],
+    kernel_size: int | tuple[int, ...],
+    *,
+    batch: int = 1,
+    heads: tuple[int, int] = (1, 1),
+    dims: tuple[int, int] = (16, 16),
+    bias: bool = False,
+    **kwargs: Any,
+) -> Case:
+    """A call with (query, key) heads and (query, value) widths; drawn tensors need shapes only."""
+    base = (batch, *spatial)
+    shapes: dict[str, tuple[int, ...]] = {
+        "query": (*base, heads[0], dims[0]),
+        "key": (*base, heads[1], dims[0]),
+        "value": (*base, heads[1], dims[1]),
+    }
+    if bias:
+        sizes = dispatch.per_dimension(NAME, "kernel_size", kernel_size, len(spatial))
+        shapes["bias"] = (heads[0], *(2 * k - 1 for k in sizes))
+    return Case(note, shapes, {"kernel_size": kernel_size, **kwargs})
+
 
 CASES = (
-    Case(
-        "two-dimensional, ragged tiles",
-        {"query": _SMALL, "key": _SMALL, "value": _SMALL, "bias": (2, 13, 13)},
-        {"kernel_size": 7},
-    ),
+    _case("ragged tiles both ways", (9, 11), 7, heads=(2, 2), bias=True),
+    _case("map as large as the window", (7, 7), 7, batch=3, bias=True),
+    _case("dilation that divides neither side", (11, 13), 3, dilation=3, bias=True),
+    _case("even kernel, strides", (8, 10), (4, 5), stride=(2, 3), bias=True),
+    _case("strides that divide nothing, dilated", (13, 9), (5, 4), stride=(5, 3), dilation=(2, 1)),
+    _case("grouped heads", (9, 9), 5, heads=(4, 2), bias=True),
+    _case("widths that are no powers of two", (8, 8), 3, dims=(24, 40), bias=True),
+    _case("one dimension, causal", (37,), 9, dilation=2, is_causal=True, bias=True),
+    _case("one dimension, causal, strided", (33,), 8, stride=3, is_causal=True),
+    _case("three dimensions", (4, 5, 6), (2, 3, 3), dilation=(1, 1, 2), bias=True),
+    _case("three dimensions, causal in time", (5, 4, 4), (3, 2, 4), is_causal=(True, False, False)),
+    _case("one token", (1, 1), 1, bias=True),
+    _case("one row", (1, 30), (1, 5), scale=0.3),
+    _case("negative scale", (7, 8), 3, scale=-0.5),
+    _case("no images", (7, 7), 3, batch=0, bias=True),
 )
 
 OPERATOR = Operator(NAME, neighborhood_attention, _IMPLEMENTATIONS, CASES)

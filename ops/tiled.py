@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vitarium.ops.tiles import NEGATIVE, STRIPS_PAY, Additive, Axis, PlainAxis, Plan
+from vitarium.ops.tiles import STRIPS_PAY, Additive, Axis, PlainAxis, Plan, negative
 
 
 def attend(
@@ -33,20 +33,39 @@ def attend(
     Returns:
         `(B, *spatial, num_heads, value_dim)`.
     """
-    output = query.new_empty(*query.shape[:-1], value.shape[-1])
     # The fused attention of CPUs is slow in half precision and on a few small tiles.
-    strips = (
+    flash = (
         query.device.type == "cpu"
         and query.dtype in (torch.float32, torch.float64)
         and value.shape[-1] == query.shape[-1]
-        and math.prod(axis.classes * axis.tiles for axis in axes) >= STRIPS_PAY
+        and query.shape[0] > 0
     )
+    strips = flash and math.prod(axis.classes * axis.tiles for axis in axes) >= STRIPS_PAY
     plan = Plan(query, axes, strips=strips)
     additive = Additive(plan, bias, query)
-    run = _attend_strips if strips else _attend_tiles
-    run(plan, additive, query, key, value, output, scale)
+    if flash and plan.dense:
+        output = _attend_dense(plan, additive, query, key, value, scale)
+    else:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        run = _attend_strips if strips else _attend_tiles
+        run(plan, additive, query, key, value, output, scale)
     plan.work.close()
     return output
+
+
+def _attend_dense(
+    plan: Plan, additive: Additive, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> Tensor:
+    """One tile: the CPU's fused attention on the tensors as they are."""
+    shape, group = query.shape, query.shape[-2] // key.shape[-2]
+    query, key, value = (tensor.flatten(1, -3).transpose(1, 2) for tensor in (query, key, value))
+    if group > 1:
+        key, value = (tensor.repeat_interleave(group, 1) for tensor in (key, value))
+    mask = additive.band(plan.bands[0]).movedim(1, 0) if additive.needed else None
+    output, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, attn_mask=mask, scale=scale
+    )
+    return output.transpose(1, 2).reshape(shape)
 
 
 def _attend_tiles(
@@ -70,8 +89,7 @@ def _attend_tiles(
             k = plan.keys("key", key_grid, band)
             v = plan.keys("value", value_grid, band)
             weights = plan.weights(q, k, additive, scale, chunk, band)
-            shape = (*q.shape[:2], v.shape[2])
-            tiles = torch.bmm(weights, v, out=plan.work.take("output", shape, query.dtype))
+            tiles = torch.bmm(weights, v, out=plan.results("output", result, band))
             plan.put_queries(tiles, result, band)
         plan.finish(result, chunk.of(output))
 
@@ -169,17 +187,16 @@ def attend_backward(
                 dtype,
                 grad_input=work.take("grad scores", weights.shape, dtype),
             )
-            halo = torch.bmm(
-                grad_scores.mT, q.mul_(scale), out=work.take("grad key", k.shape, dtype)
-            )
-            plan.add_keys(halo, key_total, band)
-            tiles = torch.bmm(grad_scores, k, out=work.take("output", q.shape, dtype))
-            plan.put_queries(tiles.mul_(scale), query_total, band)
             if bias_needs_grad:
-                grad_scores = grad_scores.view(*chunk.pairs, -1, *weights.shape[1:])
+                pairs = grad_scores.view(*chunk.pairs, -1, *weights.shape[1:])
                 grad_table[chunk.heads].index_add_(
-                    1, additive.patterns.which(band), grad_scores.sum(0, dtype=wide)
+                    1, additive.patterns.which(band), pairs.sum(0, dtype=wide)
                 )
+            grad_scores.mul_(scale)
+            halo = torch.bmm(grad_scores.mT, q, out=work.take("grad key", k.shape, dtype))
+            plan.add_keys(halo, key_total, band)
+            tiles = torch.bmm(grad_scores, k, out=plan.results("output", query_total, band))
+            plan.put_queries(tiles, query_total, band)
         plan.finish(query_total, chunk.of(grad_query))
         for total, target in ((key_total, grad_key), (value_total, grad_value)):
             plan.finish(total, chunk.of(target), keys=True)
@@ -248,7 +265,7 @@ def attend_plain(
     if bias is not None:
         table = bias[(slice(None), *offsets)].flatten(1 + rank).flatten(1, rank)
         scores = scores + table.to(scores.dtype).unsqueeze(1)
-    weights = scores.masked_fill(~inside, NEGATIVE).softmax(-1)
+    weights = scores.masked_fill(~inside, negative(scores.dtype)).softmax(-1)
     output = (weights @ value).reshape(*shape, value.shape[-1])
     output = output.permute(sorted(range(len(order)), key=order.__getitem__))
     for i, axis in enumerate(axes):

@@ -22,7 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NEGATIVE = -1e30  # finite: a query beyond the end of its class must not turn into NaN
+
+def negative(dtype: torch.dtype) -> float:
+    """What hides a score: finite, so that no query turns into NaN, and far from overflow."""
+    return max(-1e30, torch.finfo(dtype).min / 2)
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity
@@ -250,7 +253,7 @@ class Additive:
         else:
             table = bias[(slice(None), *self.patterns.bias_index(bias))].to(like.dtype)
             table = table.reshape(-1, 1, *outside.shape[1:])
-        self.table = table.masked_fill(outside, NEGATIVE)
+        self.table = table.masked_fill(outside, negative(like.dtype))
         self._bands: dict[tuple[Any, ...], Tensor] = {}
 
     def band(self, band: tuple[int, int], strips: bool = False) -> Tensor:
@@ -374,6 +377,7 @@ class Plan:
         self.work = Workspace(query)
         # Where nothing is dilated and whole tiles fit, a map is a grid of queries already.
         self.plain = all(axis.classes == 1 and axis.queries == axis.length for axis in axes)
+        self.dense = all(axis.classes == 1 and axis.tiles == 1 for axis in axes)
         self._cleared: set[str] = set()
 
     def _scores_of_a_row(self) -> int:
@@ -421,18 +425,31 @@ class Plan:
     def queries(self, name: str, grid: Tensor, band: tuple[int, int]) -> Tensor:
         """The query tiles of a band: `(pairs * classes * tiles, queries, channels)`."""
         view = tile_view(grid, self.axes, band, self.tile)
-        tiles = self.work.take(name, view.shape, grid.dtype).copy_(view)
-        return tiles.view(-1, math.prod(self.tile), grid.shape[-1])
+        return self._matrices(name, view).view(-1, math.prod(self.tile), grid.shape[-1])
+
+    def _matrices(self, name: str, view: Tensor) -> Tensor:
+        """The view, copied if it is not contiguous; nobody may write to it."""
+        if view.is_contiguous():
+            return view
+        return self.work.take(name, view.shape, view.dtype).copy_(view)
+
+    def results(self, name: str, grid: Tensor, band: tuple[int, int]) -> Tensor:
+        """Where to write the query tiles of a band: in the grid itself, if they are matrices."""
+        view = tile_view(grid, self.axes, band, self.tile)
+        if not view.is_contiguous():
+            view = self.work.take(name, view.shape, view.dtype)
+        return view.view(-1, math.prod(self.tile), grid.shape[-1])
 
     def put_queries(self, tiles: Tensor, grid: Tensor, band: tuple[int, int]) -> None:
+        """Write query tiles into their grid, unless they are there already."""
         view = tile_view(grid, self.axes, band, self.tile)
-        view.copy_(tiles.view(view.shape))
+        if tiles.data_ptr() != view.data_ptr():
+            view.copy_(tiles.view(view.shape))
 
     def keys(self, name: str, grid: Tensor, band: tuple[int, int]) -> Tensor:
         """The halos of a band: `(pairs * classes * tiles, keys, channels)`."""
         view = tile_view(grid, self.axes, band, self.halo)
-        halos = self.work.take(name, view.shape, grid.dtype).copy_(view)
-        return halos.view(-1, math.prod(self.halo), grid.shape[-1])
+        return self._matrices(name, view).view(-1, math.prod(self.halo), grid.shape[-1])
 
     def strips(self, name: str, grid: Tensor) -> list[Tensor]:
         """The keys of every band, `(strips of all pairs, tiles, keys, channels)`.

@@ -74,9 +74,9 @@ def axis_tiles(length: int, window: Window, tile: int) -> Axis:
     return cut(length, d, tile, ranges)
 
 
-# Time of one score, and of moving the key and value (and their gradients) of one halo position,
-# relative to each other, on a CPU at head_dim 32.
-SCORE, HALO = 3, 16
+# Times on a CPU at head_dim 32, relative to each other: a score in a small tile and in a large one,
+# the key and value of a halo position, the query and result of a position that must be copied.
+SMALL_SCORE, LARGE_SCORE, LARGE, HALO, COPY = 3.0, 2.6, 28, 16, 8
 
 
 @functools.lru_cache(maxsize=256)
@@ -85,12 +85,19 @@ def tiles_for(spatial: tuple[int, ...], windows: tuple[Window, ...]) -> tuple[Ax
     choices = []
     for length, window in zip(spatial, windows):
         size = -(-length // window.dilation)
-        tiles = {min(size, tile) for tile in (*range(2, 17), 32, 64)} | {size}
-        choices.append([axis_tiles(length, window, tile) for tile in sorted(tiles) if tile <= 64])
+        tiles = {min(size, tile) for tile in (*range(2, 17), 32, 64)}
+        choices.append([axis_tiles(length, window, tile) for tile in sorted(tiles)])
 
     def cost(axes: tuple[Axis, ...]) -> float:
-        halos = math.prod(axis.classes * axis.tiles * axis.halo for axis in axes)
-        return halos * (SCORE * math.prod(axis.tile for axis in axes) + HALO)
+        queries = math.prod(axis.tile for axis in axes)
+        tiles = math.prod(axis.classes * axis.tiles for axis in axes)
+        halos = tiles * math.prod(axis.halo for axis in axes)
+        time = halos * queries * (LARGE_SCORE if queries >= LARGE else SMALL_SCORE)
+        if tiles > 1:
+            time += halos * HALO
+        if any(axis.classes > 1 or axis.queries != axis.length for axis in axes):
+            time += tiles * queries * COPY
+        return time
 
     return min(itertools.product(*choices), key=cost)
 

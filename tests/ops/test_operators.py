@@ -1,0 +1,300 @@
+"""Every operator, every case, every implementation that can run here, against the reference.
+
+Nothing in this file knows an operator: adding one to the table adds its tests. With
+TRITON_INTERPRET=1 the Triton kernels take part on a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vitarium.ops import OPERATORS, Case, backend
+from vitarium.ops.dispatch import Operator
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _backends(operator: Operator) -> list[str]:
+    """The implementations to compare with the reference on this machine."""
+    if INTERPRETED:
+        return [name for name in operator.implementations if name == "triton"]
+    found = ["torch"]
+    if DEVICE == "cuda" and "triton" in operator.implementations:
+        found.append("triton")
+    return found
+
+
+CALLS = [
+    pytest.param(operator, case, name, id=f"{operator.name}-{case.note}-{name}")
+    for operator in OPERATORS.values()
+    for case in operator.cases
+    for name in _backends(operator)
+]
+FIRST_CALLS = [
+    pytest.param(operator, operator.cases[0], name, id=f"{operator.name}-{name}")
+    for operator in OPERATORS.values()
+    for name in _backends(operator)
+]
+
+
+def draw(case: Case, dtype: torch.dtype = torch.float64, layout: str = "contiguous") -> dict:
+    """The case's tensors, the same in every dtype but for rounding."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, shape in case.shapes.items():
+        if layout == "permuted":  # the last dimension is not the last in memory
+            values = torch.randn(*shape[:-2], shape[-1], shape[-2], generator=generator).mT
+        elif layout == "fused":  # views of a larger tensor, as of a query-key-value projection
+            values = torch.randn(*shape[:-1], 3 * shape[-1], generator=generator)
+            values = values[..., shape[-1] : 2 * shape[-1]]
+        else:
+            values = torch.randn(shape, generator=generator)
+        tensors[name] = values.to(DEVICE, dtype)
+    return tensors
+
+
+def run(
+    operator: Operator,
+    case: Case,
+    name: str | None,
+    tensors: dict[str, Tensor],
+    function: Callable[..., Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Output and the gradients of all tensors, for a fixed gradient of the output."""
+    leaves = {key: value.detach().requires_grad_() for key, value in tensors.items()}
+    function = function or operator.function
+    output = function(**leaves, **case.kwargs, backend=name)
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(output.shape, generator=generator).to(output)
+    output.backward(grad)
+    grads = {f"gradient of {key}": leaf.grad for key, leaf in leaves.items()}
+    assert all(value is not None for value in grads.values())
+    return {"output": output.detach(), **grads}
+
+
+def assert_as_good(
+    ours: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]
+) -> None:
+    """Errors at most twice those of plain PyTorch in the same dtype, and a few roundings."""
+    assert ours.keys() == exact.keys()
+    for name, expected in exact.items():
+        assert ours[name].shape == expected.shape, name
+        assert ours[name].isfinite().all(), name
+        if not expected.numel():
+            continue
+        error = (ours[name].double() - expected).abs().max().item()
+        allowed = 2 * (plain[name].double() - expected).abs().max().item()
+        allowed += 4 * torch.finfo(torch.float32).eps * max(1.0, expected.abs().max().item())
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
+@pytest.mark.parametrize("layout", ["contiguous", "permuted", "fused"])
+@pytest.mark.parametrize(("operator", "case", "name"), CALLS)
+def test_forward_and_gradients(
+    operator: Operator, case: Case, name: str, layout: str, dtype: torch.dtype
+) -> None:
+    if INTERPRETED and dtype != torch.float32 and layout != "contiguous":
+        pytest.skip("the interpreter is slow: other dtypes in one layout only")
+    tensors = draw(case, dtype, layout)
+    exact_tensors = {key: value.double() for key, value in tensors.items()}
+    exact = run(operator, case, "reference", exact_tensors)
+    plain = run(operator, case, "reference", tensors)
+    ours = run(operator, case, name, tensors)
+    assert ours["output"].dtype == dtype
+    assert ours["output"].is_contiguous()
+    assert_as_good(ours, plain, exact)
+    assert all(torch.equal(ours[key], value) for key, value in
+               run(operator, case, name, tensors).items()), "two runs differ"  # fmt: skip
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Memory that nobody has written to holds NaN."""
+
+    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return made
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"),
+                        (Tensor, "new_empty")):  # fmt: skip
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+    yield
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("operator", "case", "name"), CALLS)
+def test_reads_nothing_unwritten(operator: Operator, case: Case, name: str) -> None:
+    assert torch.empty(1).isnan().all()
+    found: dict[str, Tensor] = {}
+    # In a thread of its own, where no buffer is left over from an earlier call.
+    thread = threading.Thread(
+        target=lambda: found.update(run(operator, case, name, draw(case, torch.float32)))
+    )
+    thread.start()
+    thread.join()
+    assert found
+    for key, value in found.items():
+        assert value.isfinite().all(), key
+
+
+@pytest.mark.parametrize(("operator", "case", "name"), CALLS)
+def test_custom_operators(operator: Operator, case: Case, name: str) -> None:
+    """`opcheck` on every custom operator that a call reaches, with the arguments it gets."""
+    if case.note == "no images":
+        pytest.skip("opcheck compares samples of non-empty tensors")
+    calls = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            if func.namespace == "vitarium":
+                calls.append((func, args, kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        run(operator, case, name, draw(case, torch.float32))
+    assert calls, "no custom operator was reached"
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    if case is operator.cases[0]:
+        tests += ("test_aot_dispatch_dynamic",)
+    for func, args, kwargs in calls:
+        args = [arg.detach().clone() if isinstance(arg, Tensor) else arg for arg in args]
+        differentiable = not func._opname.endswith("_backward")
+        args = [
+            arg.requires_grad_() if isinstance(arg, Tensor) and differentiable else arg
+            for arg in args
+        ]
+        torch.library.opcheck(func, tuple(args), kwargs, test_utils=tests)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not need every case compiled")
+@pytest.mark.parametrize(("operator", "case", "name"), CALLS)
+def test_compile(operator: Operator, case: Case, name: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(operator.function, fullgraph=True, dynamic=True, backend="aot_eager")
+    tensors = draw(case, torch.float32)
+    expected = run(operator, case, name, tensors)
+    for key, value in run(operator, case, name, tensors, compiled).items():
+        torch.testing.assert_close(value, expected[key], msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize(("operator", "case", "name"), FIRST_CALLS)
+def test_compile_with_inductor(operator: Operator, case: Case, name: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(operator.function, fullgraph=True)
+    tensors = draw(case, torch.float32)
+    expected = run(operator, case, name, tensors)
+    for key, value in run(operator, case, name, tensors, compiled).items():
+        torch.testing.assert_close(value, expected[key])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="exports hold no kernels")
+@pytest.mark.parametrize(("operator", "case", "name"), CALLS)
+def test_export(operator: Operator, case: Case, name: str) -> None:
+    """torch.export, non-strict: plain ATen, nothing that only this library knows."""
+    if case.note == "no images":
+        pytest.skip("exporters specialise on a batch of none")
+    names = list(case.shapes)
+
+    class Call(torch.nn.Module):
+        def forward(self, *tensors: Tensor) -> Tensor:
+            return operator.function(**dict(zip(names, tensors)), **case.kwargs)
+
+    tensors = tuple(draw(case, torch.float32).values())
+    program = torch.export.export(Call(), tensors)
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert not [target for target in targets if "vitarium" in target]
+    expected = operator.function(**dict(zip(names, tensors)), **case.kwargs, backend="reference")
+    torch.testing.assert_close(program.module()(*tensors), expected)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="transforms take the portable path")
+@pytest.mark.parametrize(("operator", "case", "name"), FIRST_CALLS)
+def test_function_transforms(operator: Operator, case: Case, name: str) -> None:
+    names = list(case.shapes)
+    tensors = [torch.stack([tensor, tensor.flip(-1)]) for tensor in draw(case).values()]
+
+    def call(*args: Tensor) -> Tensor:
+        return operator.function(**dict(zip(names, args)), **case.kwargs)
+
+    mapped = torch.vmap(call)(*tensors)
+    expected = torch.stack([call(*(tensor[i] for tensor in tensors)) for i in range(2)])
+    torch.testing.assert_close(mapped, expected)
+    grad = torch.func.grad(lambda *args: call(*args).square().sum())(*(t[0] for t in tensors))
+    leaf = tensors[0][0].clone().requires_grad_()
+    call(leaf, *(t[0] for t in tensors[1:])).square().sum().backward()
+    torch.testing.assert_close(grad, leaf.grad)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="not about kernels")
+@pytest.mark.parametrize("name", ["reference", "torch"])
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+def test_gradcheck(operator: Operator, name: str) -> None:
+    case = min(
+        (case for case in operator.cases if "bias" in case.shapes and case.shapes["query"][0]),
+        key=lambda case: torch.Size(case.shapes["query"]).numel() + 1000 * ("one" in case.note),
+    )
+    names = list(case.shapes)
+    tensors = [tensor.requires_grad_() for tensor in draw(case).values()]
+    assert torch.autograd.gradcheck(
+        lambda *args: operator.function(**dict(zip(names, args)), **case.kwargs, backend=name),
+        tensors,
+        fast_mode=True,
+    )
+
+
+@pytest.mark.parametrize(("operator", "case", "name"), FIRST_CALLS)
+def test_autocast(operator: Operator, case: Case, name: str) -> None:
+    tensors = draw(case, torch.float32)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = run(operator, case, name, tensors)
+    assert found["output"].dtype == torch.bfloat16
+    half = {key: value.bfloat16() for key, value in tensors.items()}
+    exact = run(operator, case, "reference", {key: value.double() for key, value in half.items()})
+    plain = run(operator, case, "reference", half)
+    found = {key: value.bfloat16() for key, value in found.items()}
+    assert_as_good(found, plain, exact)
+
+
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+def test_meta(operator: Operator) -> None:
+    for case in operator.cases:
+        tensors = {key: value.to("meta") for key, value in draw(case, torch.float32).items()}
+        for name in (None, "reference", "torch"):
+            found = run(operator, case, name, tensors)
+            expected = run(operator, case, "reference", draw(case))
+            assert {key: value.shape for key, value in found.items()} == {
+                key: value.shape for key, value in expected.items()
+            }
+            assert found["output"].device.type == "meta"
+
+
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+def test_backend_is_never_silently_another(operator: Operator) -> None:
+    case = operator.cases[0]
+    tensors = draw(case, torch.float64)
+    with pytest.raises(ValueError, match=r"backend='triton' cannot run this call: dtype"):
+        operator.function(**tensors, **case.kwargs, backend="triton")
+    with pytest.raises(ValueError, match="backend='cuda' is unknown"):
+        operator.function(**tensors, **case.kwargs, backend="cuda")
+    with backend("triton"), pytest.raises(ValueError, match="backend='triton' cannot run"):
+        operator.function(**tensors, **case.kwargs)
+    with backend("reference"):
+        forced = operator.function(**tensors, **case.kwargs)
+    named = operator.function(**tensors, **case.kwargs, backend="reference")
+    assert torch.equal(forced, named)
+    with pytest.raises(ValueError, match="backend='fast' is unknown"), backend("fast"):
+        pass

@@ -23,18 +23,19 @@ _SQUARE = {
 # Walked along rows, a long tile covers the ragged union of windows with fewer tokens.
 _LONG = {**_SQUARE, 2: {16: (1, 16), 32: (2, 16), 64: (4, 16)}}
 
-# (kernel, element size) -> by padded head_dim: (queries, keys, num_warps, num_stages).
-_SIZES = {
+# (kernel, element size) -> by padded head_dim: queries, keys, num_warps, num_stages and, where the
+# assembler would else spill a few registers for one more block per multiprocessor, max_registers.
+_SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
     ("forward", 2): {
         32: (32, 32, 1, 2),
-        64: (64, 32, 4, 2),
+        64: (64, 32, 4, 2, 184),
         128: (64, 32, 4, 2),
         256: (64, 32, 8, 2),
     },
     ("forward", 4): {
         32: (32, 32, 4, 2),
         64: (32, 32, 4, 2),
-        128: (32, 32, 8, 1),
+        128: (32, 32, 8, 1, 255),
         256: (32, 16, 8, 1),
     },
     ("query", 2): {
@@ -44,10 +45,10 @@ _SIZES = {
         256: (32, 32, 8, 2),
     },
     ("query", 4): {
-        32: (32, 32, 4, 2),
-        64: (32, 16, 4, 2),
-        128: (32, 32, 8, 2),
-        256: (16, 32, 8, 2),
+        32: (32, 16, 4, 2),
+        64: (16, 32, 4, 2),
+        128: (16, 32, 8, 2),
+        256: (16, 16, 8, 2, 255),
     },
     ("key_value", 2): {
         32: (32, 64, 4, 2),
@@ -65,12 +66,12 @@ _SIZES = {
         32: (64, 64, 8, 2),
         64: (64, 64, 8, 2),
         128: (32, 32, 4, 1),
-        256: (32, 16, 4, 1),
+        256: (16, 16, 4, 1),
     },
     ("bias", 4): {
-        32: (32, 32, 4, 1),
-        64: (32, 32, 4, 1),
-        128: (32, 32, 8, 1),
+        32: (32, 32, 4, 1, 255),
+        64: (32, 32, 4, 1, 255),
+        128: (32, 32, 8, 1, 255),
         256: (16, 16, 8, 1),
     },
 }
@@ -80,17 +81,13 @@ NARROW = 8
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Shapes of the query and key tiles, an entry per spatial dimension, and launch options.
-
-    `max_registers` per thread, if not None, keeps the assembler from spilling a few registers for
-    the sake of one more block per multiprocessor.
-    """
+    """Shapes of the query and key tiles, an entry per spatial dimension, and launch options."""
 
     query: tuple[int, ...]
     key: tuple[int, ...]
     num_warps: int
     num_stages: int
-    max_registers: int | None
+    max_registers: int | None = None  # per thread
 
 
 def tiles(
@@ -113,7 +110,7 @@ def tiles(
         lengths: the map's size; None means large.
     """
     sizes = _SIZES[kernel, element_size]
-    queries, keys, num_warps, num_stages = sizes[min(d for d in HEAD_DIMS if d >= head_dim)]
+    queries, keys, *options = sizes[min(d for d in HEAD_DIMS if d >= head_dim)]
     dilation = windows[-1][2]
     narrow = lengths is not None and -(-lengths[-1] // dilation) <= NARROW
     walked = _SQUARE if narrow or kernel == "bias" else _LONG
@@ -121,6 +118,4 @@ def tiles(
         query, key = walked[rank][queries], _SQUARE[rank][keys]
     else:
         query, key = _SQUARE[rank][queries], walked[rank][keys]
-    # Products of float32 are unrolled into long chains of multiply-adds.
-    max_registers = None
-    return TileConfig(query, key, num_warps, num_stages, max_registers)
+    return TileConfig(query, key, *options)

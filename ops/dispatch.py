@@ -240,7 +240,8 @@ def per_dimension(
         TypeError: an entry is not of `kind`.
         ValueError: the number of entries is not `dimensions`, or an integer is below 1.
     """
-    entries = tuple(value) if isinstance(value, Sequence) else (value,) * dimensions
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    entries = tuple(value) if several else (value,) * dimensions
     if torch.jit.is_tracing():  # which makes sizes of tensors, and what follows from them, tensors
         entries = tuple(int(e) if isinstance(e, Tensor) else e for e in entries)
     if len(entries) != dimensions:

@@ -67,8 +67,10 @@ def neighborhood_attention(
     windows = _check(query, key, value, kernel_size, stride, dilation, is_causal, bias)
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    elif not isinstance(scale, (int, float, torch.SymFloat)) or isinstance(scale, bool):
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
         raise TypeError(f"{NAME}: scale must be a number or None, got {type(scale).__name__}")
+    elif not math.isfinite(scale):
+        raise ValueError(f"{NAME}: scale={scale} must be finite")
     query, key, value = dispatch.autocast(query, key, value)
     args = (query, key, value, bias, windows, float(scale))
     return dispatch.choose(NAME, backend, _IMPLEMENTATIONS, query.device, *args)(*args)

@@ -1,0 +1,92 @@
+"""Every mixer in the table, on maps of every kind. Nothing in this file knows a mixer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from vitarium.ops import MIXERS, OPERATORS, Mixer, build_mixer
+
+MAPS = [(1, 1), (1, 9), (5, 3), (7, 7), (14, 15), (23, 8)]
+EXAMPLES = [
+    pytest.param(name, example, id=f"{name}-{i}")
+    for name, mixer in MIXERS.items()
+    for i, example in enumerate(mixer.examples)
+]
+
+
+def _build(name: str, example: dict[str, Any], **kwargs: Any) -> Mixer:
+    torch.manual_seed(0)
+    arguments = {key: value for key, value in example.items() if key != "dim"}
+    return build_mixer((name, arguments), example["dim"], **kwargs)
+
+
+def test_table() -> None:
+    assert MIXERS
+    for name, mixer in MIXERS.items():
+        assert mixer.name == name
+        assert mixer.paper
+        assert mixer.examples
+        assert mixer.operator in OPERATORS
+
+
+@pytest.mark.parametrize("size", MAPS, ids=str)
+@pytest.mark.parametrize(("name", "example"), EXAMPLES)
+def test_any_map(name: str, example: dict[str, Any], size: tuple[int, int]) -> None:
+    mixer = _build(name, example)
+    x = torch.randn(2, *size, example["dim"], requires_grad=True)
+    y = mixer(x)
+    assert y.shape == x.shape
+    y.square().sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all() and x.grad.abs().sum() > 0
+    for key, parameter in mixer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+    # A map that is a view of an NCHW tensor in channels-last memory, and one that is not.
+    channels_first = x.detach().permute(0, 3, 1, 2).contiguous()
+    torch.testing.assert_close(mixer(channels_first.permute(0, 2, 3, 1)), y)
+    alone = torch.cat([mixer(image[None]) for image in x])
+    torch.testing.assert_close(alone, y, msg="images of a batch must not meet")
+
+
+@pytest.mark.parametrize(("name", "example"), EXAMPLES)
+def test_dtypes_devices_and_compile(name: str, example: dict[str, Any]) -> None:
+    mixer = _build(name, example)
+    x = torch.randn(2, 9, 12, example["dim"])
+    exact = _build(name, example, dtype=torch.float64)
+    exact.load_state_dict(mixer.state_dict())
+    expected = exact(x.double())
+    torch.testing.assert_close(mixer(x).double(), expected, rtol=1e-4, atol=1e-5)
+    half = mixer.bfloat16()(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), expected, rtol=0.1, atol=0.05)
+    assert _build(name, example, device="meta")(x.to("meta")).shape == x.shape
+    torch._dynamo.reset()
+    compiled = torch.compile(exact, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x.double()), expected)
+
+
+@pytest.mark.parametrize(("name", "example"), EXAMPLES)
+def test_attention_map(name: str, example: dict[str, Any]) -> None:
+    mixer = _build(name, example)
+    x = torch.randn(2, 11, 16, example["dim"])
+    weights = mixer.attention_map(x, (10, 3))
+    assert weights.shape[0] == 2 and weights.shape[2:] == (11, 16)
+    assert (weights >= 0).all()
+    assert (weights.sum((-1, -2)) <= 1 + 1e-5).all()
+    for position in ((11, 0), (0, -1)):
+        with pytest.raises(ValueError, match="is outside the map"):
+            mixer.attention_map(x, position)
+
+
+def test_specs() -> None:
+    with pytest.raises(ValueError, match="mixer 'neighbourhood' is unknown; allowed are"):
+        build_mixer("neighbourhood", 32)
+    for spec in (7, ("neighborhood", 7), ("neighborhood", {}, {}), ()):
+        with pytest.raises(TypeError, match="is neither a name nor"):
+            build_mixer(spec, 32)
+    with pytest.raises(ValueError, match="mixer 'neighborhood' is already registered"):
+
+        class Again(Mixer, name="neighborhood"):
+            pass

@@ -127,17 +127,7 @@ def _check(
     )
     spatial = query.shape[1:-2]
     for axis, length, window in zip("DHW"[-rank:], spatial, windows):
-        if window.stride > window.kernel_size:
-            raise ValueError(
-                f"{NAME}: stride={window.stride} along {axis} exceeds "
-                f"kernel_size={window.kernel_size}; allowed is at most the kernel size"
-            )
-        if window.kernel_size * window.dilation > length:
-            raise ValueError(
-                f"{NAME}: kernel_size={window.kernel_size} exceeds the feature map "
-                f"{tuple(spatial)} along {axis} at dilation {window.dilation}; allowed is "
-                "kernel_size * dilation <= length"
-            )
+        window.check(NAME, length, axis, tuple(spatial))
     if bias is not None:
         if not isinstance(bias, Tensor):
             raise TypeError(f"{NAME}: bias must be a tensor or None, got {type(bias).__name__}")

@@ -33,6 +33,21 @@ class Window(NamedTuple):
     dilation: int
     is_causal: bool
 
+    def check(self, operator: str, length: int, axis: str = "", map_size: object = None) -> None:
+        """Raise ValueError if the window does not fit an axis of `length` tokens."""
+        along = f" along {axis}" if axis else ""
+        if self.stride > self.kernel_size:
+            raise ValueError(
+                f"{operator}: stride={self.stride}{along} exceeds kernel_size={self.kernel_size}; "
+                "allowed is at most the kernel size"
+            )
+        if self.kernel_size * self.dilation > length:
+            raise ValueError(
+                f"{operator}: kernel_size={self.kernel_size} exceeds the feature map "
+                f"{map_size or length}{along} at dilation {self.dilation}; allowed is "
+                "kernel_size * dilation <= length"
+            )
+
 
 def axis_pattern(length: int, window: Window, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which keys each query of an axis sees, and their offsets: two `(length, length)` tensors."""

@@ -34,7 +34,9 @@ BIAS_TILES_PER_PROGRAM = 8
 recorder: Callable[[Any, dict[str, Any], dict[str, Any]], None] | None = None
 
 
-def _launch(kernel: Any, programs: int, config: TileConfig, device: torch.device, **arguments: Any):
+def _launch(
+    kernel: Any, programs: int, config: TileConfig, device: torch.device, **arguments: Any
+) -> None:
     options = {
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
@@ -72,7 +74,9 @@ def _bias_arguments(bias: Tensor | None) -> dict[str, Any]:
     return {"bias": bias, "bias_strides": (head, *_three(tuple(spatial), 0))}
 
 
-def _common_arguments(query: Tensor, key: Tensor, value: Tensor, windows: Windows) -> dict:
+def _common_arguments(
+    query: Tensor, key: Tensor, value: Tensor, windows: Windows
+) -> dict[str, Any]:
     """Arguments that do not depend on the tiles, and the same for all kernels."""
     kernel_size, stride, dilation, is_causal = zip(*windows)
     head_dim, value_dim = query.shape[-1], value.shape[-1]
@@ -214,8 +218,10 @@ def backward(
     grad_query = query.new_empty(query.shape)
     grad_key = key.new_empty(key.shape)
     grad_value = value.new_empty(value.shape)
+    grad_bias = query.new_empty(0)
     if output.numel() == 0:
-        grad_bias = bias.new_zeros(bias.shape) if bias_needs_grad else query.new_empty(0)
+        if bias is not None and bias_needs_grad:
+            grad_bias = torch.zeros_like(bias, memory_format=torch.contiguous_format)
         return grad_query, grad_key.zero_(), grad_value.zero_(), grad_bias
     delta = torch.empty_like(logsumexp)
     common = {
@@ -266,9 +272,9 @@ def backward(
     )
     if sign != 1:
         grad_query = grad_query * sign
-    if not bias_needs_grad:
-        return grad_query, grad_key, grad_value, query.new_empty(0)
-    return grad_query, grad_key, grad_value, _grad_bias(query, value, bias, windows, common)
+    if bias is not None and bias_needs_grad:
+        grad_bias = _grad_bias(query, value, bias, windows, common)
+    return grad_query, grad_key, grad_value, grad_bias
 
 
 def _grad_bias(

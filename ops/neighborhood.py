@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vitarium.ops import dispatch
 from vitarium.ops.dispatch import Case, Implementation, Operator
 from vitarium.ops.mixer import Mixer
-from vitarium.ops.tiled import attend, attend_backward, attend_plain
+from vitarium.ops.tiled import attend, attend_backward, attend_plain, path
 from vitarium.ops.windows import Window, axis_pattern, pairs_seen, plain_axis, tiles_for
 
 NAME = "neighborhood_attention"
@@ -236,7 +236,7 @@ def _attend(
         from vitarium.ops.kernels import neighborhood as kernels
 
         return kernels.forward(query, key, value, bias, windows, scale)
-    axes = tiles_for(tuple(query.shape[1:-2]), windows)
+    axes = tiles_for(tuple(query.shape[1:-2]), windows, path(query, value))
     return attend(query, key, value, bias, axes, scale), query.new_empty(0, dtype=torch.float32)
 
 

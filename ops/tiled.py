@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from vitarium.ops.tiles import STRIPS_PAY, Additive, Axis, PlainAxis, Plan, negative
+from vitarium.ops.strips import attend_strips
+from vitarium.ops.tiles import Additive, Axis, PlainAxis, Plan, negative
+
+STRIPS_PAY = 1500  # tokens of a map from which strips are faster
+
+
+def path(query: Tensor, value: Tensor) -> str:
+    """How `attend` goes about this call.
+
+    PyTorch's fused attention for CPUs is slow in half precision. Where it is fast, large maps go
+    through it in "strips", and small ones as they are if one tile is cheapest ("dense"). All else,
+    and every backward, is batched matrix products on "tiles".
+    """
+    serves = (
+        query.device.type == "cpu"
+        and query.dtype in (torch.float32, torch.float64)
+        and value.shape[-1] == query.shape[-1]
+        and query.shape[0] > 0
+    )
+    if not serves:
+        return "tiles"
+    return "strips" if math.prod(query.shape[1:-2]) >= STRIPS_PAY else "dense"
 
 
 def attend(
@@ -27,28 +47,22 @@ def attend(
         key: `(B, *spatial, num_heads_kv, head_dim)`.
         value: `(B, *spatial, num_heads_kv, value_dim)`.
         bias: `(num_heads, 2 * reach + 1, ...)` per axis, added at `key - query + reach`.
-        axes: the tiles of every spatial axis.
+        axes: the tiles of every spatial axis, chosen for `path`.
         scale: factor on the scores.
 
     Returns:
         `(B, *spatial, num_heads, value_dim)`.
     """
-    # The fused attention of CPUs is slow in half precision and on a few small tiles.
-    flash = (
-        query.device.type == "cpu"
-        and query.dtype in (torch.float32, torch.float64)
-        and value.shape[-1] == query.shape[-1]
-        and query.shape[0] > 0
-    )
-    strips = flash and math.prod(axis.classes * axis.tiles for axis in axes) >= STRIPS_PAY
-    plan = Plan(query, axes, strips=strips)
-    additive = Additive(plan, bias, query)
-    if flash and plan.dense:
+    way = path(query, value)
+    if way == "strips":
+        return attend_strips(query, key, value, bias, axes, scale)
+    plan = Plan(query, axes)
+    additive = Additive(axes, bias, query, plan.work)
+    if way == "dense" and plan.dense:
         output = _attend_dense(plan, additive, query, key, value, scale)
     else:
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
-        run = _attend_strips if strips else _attend_tiles
-        run(plan, additive, query, key, value, output, scale)
+        _attend_tiles(plan, additive, query, key, value, output, scale)
     plan.work.close()
     return output
 
@@ -94,46 +108,6 @@ def _attend_tiles(
         plan.finish(result, chunk.of(output))
 
 
-def _attend_strips(
-    plan: Plan,
-    additive: Additive,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    scale: float,
-) -> None:
-    """The CPU's fused attention on strips, in which the halos of the first axis overlap.
-
-    A strip holds all positions of the first axis and one halo of the others, so that the keys of
-    a tile are a matrix inside it: nothing is copied along the first axis, no scores are stored.
-    """
-    group = query.shape[-2] // key.shape[-2]
-    for chunk in plan.chunks:
-        query_grid = plan.queries_of("query grid", chunk.of(query))
-        key_grid = plan.keys_of("key grid", chunk.of(key, group))
-        value_grid = plan.keys_of("value grid", chunk.of(value, group))
-        result = plan.queries_of("output grid", chunk.of(output), fill=False)
-        for image, head in itertools.product(*map(range, chunk.pairs)):
-            pair = slice(image, image + 1), slice(head, head + 1)
-            query_pair, result_pair = query_grid[pair], result[pair]
-            keys = plan.strips("key", key_grid[pair])
-            values = plan.strips("value", value_grid[pair])
-            for band, k, v in zip(plan.bands, keys, values):
-                source = plan.strip_queries(query_pair, band)
-                q = plan.work.take("query", source.shape, query.dtype).copy_(source)
-                tiles, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    q.view(*k.shape[:2], -1, k.shape[-1]),
-                    k,
-                    v,
-                    attn_mask=additive.strips(band, chunk.heads.start + head),
-                    scale=scale,
-                )
-                target = plan.strip_queries(result_pair, band)
-                target.copy_(tiles.view(target.shape))
-        plan.finish(result, chunk.of(output))
-
-
 def attend_backward(
     grad: Tensor,
     query: Tensor,
@@ -150,7 +124,7 @@ def attend_backward(
     tiles are kept in float32 at least.
     """
     plan = Plan(query, axes)
-    additive = Additive(plan, bias, query)
+    additive = Additive(axes, bias, query, plan.work)
     work, dtype = plan.work, query.dtype
     wide = torch.promote_types(dtype, torch.float32)
     group = query.shape[-2] // key.shape[-2]

@@ -62,6 +62,13 @@ class Axis:
         """Positions of a grid of keys: whole halos."""
         return (self.tiles - 1) * self.tile + self.halo
 
+    def seen(self, query: int) -> range:
+        """The keys that a query of the first class sees."""
+        t, row = divmod(query, self.tile)
+        start, stop = self.patterns[self.which[0][t]][row]
+        origin = t * self.tile - self.before
+        return range(origin + start, origin + stop)
+
     def pieces(self) -> list[tuple[int, int, int, int]]:
         """The axis as blocks of whole steps: (first token, tokens, first position, classes)."""
         whole, rest = divmod(self.length, self.classes)
@@ -243,9 +250,17 @@ class Additive:
     Tiles that look alike share a pattern, so both are made once per pattern and then copied.
     """
 
-    def __init__(self, plan: Plan, bias: Tensor | None, like: Tensor) -> None:
-        self.work = plan.work
-        self.patterns = _patterns(tuple(plan.axes), like.device)
+    def __init__(
+        self,
+        axes: Sequence[Axis],
+        bias: Tensor | None,
+        like: Tensor,
+        work: Workspace,
+        name: str = "additive",
+    ) -> None:
+        self.work = work
+        self.name = name
+        self.patterns = _patterns(tuple(axes), like.device)
         outside = self.patterns.outside
         self.needed = bias is not None or not self.patterns.all_inside
         if bias is None:
@@ -262,18 +277,11 @@ class Additive:
         if alike not in self._bands:
             which = self.patterns.which(band, strips)
             shape = (self.table.shape[0], *which.shape, *self.table.shape[2:])
-            name = f"additive {len(self._bands)}"
+            name = f"{self.name} {len(self._bands)}"
             self._bands[alike] = torch.index_select(
                 self.table, 1, which, out=self.work.take(name, shape, self.table.dtype)
             )
         return self._bands[alike]
-
-    def strips(self, band: tuple[int, int], head: int) -> Tensor | None:
-        """`(strips, tiles of the first axis, queries, keys)` for one head, if there is a need."""
-        if not self.needed:
-            return None
-        table = self.band(band, strips=True)
-        return table[head % table.shape[0]].unflatten(0, (-1, band[1] - band[0]))
 
     def grad_bias(self, grad: Tensor, bias: Tensor) -> Tensor:
         """The gradient of the bias from that of `table`, `(num_heads, patterns, queries, keys)`."""
@@ -322,7 +330,6 @@ class Workspace:
 # few large launches are better.
 CPU_CHUNK = 1 << 20
 DEVICE_CHUNK = 1 << 28
-STRIPS_PAY = 48  # tiles of a head
 
 
 @dataclass(frozen=True)
@@ -360,10 +367,10 @@ class Plan:
         count = axes[0].tiles
         row = self._scores_of_a_row() * query.element_size()
         # Several heads of an image together, if they fit: in memory they lie side by side.
-        if strips:  # no scores are stored: only the grids and the mask count
+        if strips:  # no scores are stored: only the grids count
             grid = math.prod(axis.classes * axis.keys for axis in axes) * query.shape[-1]
             heads, images = min(num_heads, max(1, limit // (grid * query.element_size()))), 1
-            step = min(count, max(1, 4 * limit // row))
+            step = count
         else:
             heads = min(num_heads, max(1, limit // row))
             step = min(count, max(1, limit // (row * heads)))
@@ -450,45 +457,6 @@ class Plan:
         """The halos of a band: `(pairs * classes * tiles, keys, channels)`."""
         view = tile_view(grid, self.axes, band, self.halo)
         return self._matrices(name, view).view(-1, math.prod(self.halo), grid.shape[-1])
-
-    def strips(self, name: str, grid: Tensor) -> list[Tensor]:
-        """The keys of every band, `(strips of all pairs, tiles, keys, channels)`.
-
-        A strip has all positions of the first axis and one halo of the others, so that the keys of
-        a tile are a matrix inside it; these overlap.
-        """
-        rank = len(self.axes)
-        place = LEAD + rank
-        strides, channels = grid.stride(), grid.shape[-1]
-        inner = strides[place:-1]
-        steps = (axis.tile * stride for axis, stride in zip(self.axes[1:], inner[1:]))
-        tiles = (axis.tiles for axis in self.axes[1:])
-        shape = (*grid.shape[:place], *tiles, self.axes[0].keys, *self.halo[1:], channels)
-        view = grid.as_strided(shape, (*strides[:place], *steps, *inner, 1), grid.storage_offset())
-        strips = self.work.take(name, shape, grid.dtype).copy_(view)
-        row = math.prod(self.halo[1:]) * channels
-        length = self.axes[0].keys * row
-        return [
-            strips.as_strided(
-                (strips.numel() // length, last - first, math.prod(self.halo), channels),
-                (length, self.tile[0] * row, channels, 1),
-                first * self.tile[0] * row,
-            )
-            for first, last in self.bands
-        ]
-
-    def strip_queries(self, grid: Tensor, band: tuple[int, int]) -> Tensor:
-        """View of a grid `(images, heads, *classes, *other tiles, tiles, *tile, channels)`."""
-        place = LEAD + len(self.axes)
-        strides = grid.stride()
-        inner = strides[place:-1]
-        first, *other = (axis.tile * stride for axis, stride in zip(self.axes, inner))
-        tiles = (*(axis.tiles for axis in self.axes[1:]), band[1] - band[0])
-        return grid.as_strided(
-            (*grid.shape[:place], *tiles, *self.tile, grid.shape[-1]),
-            (*strides[:place], *other, first, *inner, strides[-1]),
-            grid.storage_offset() + band[0] * first,
-        )
 
     def add_keys(self, tiles: Tensor, grid: Tensor, band: tuple[int, int]) -> None:
         """Add halos back to where `keys` took them from, one axis after the other."""

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vitarium.ops.strips import split
 from vitarium.ops.tiles import Axis, PlainAxis, cut
 
 
@@ -89,32 +90,60 @@ def axis_tiles(length: int, window: Window, tile: int) -> Axis:
     return cut(length, d, tile, ranges)
 
 
-# Times on a CPU at head_dim 32, relative to each other: a score in a small tile and in a large one,
-# the key and value of a halo position, the query and result of a position that must be copied.
-SMALL_SCORE, LARGE_SCORE, LARGE, HALO, COPY = 3.0, 2.6, 28, 16, 8
-
-
 @functools.lru_cache(maxsize=256)
-def tiles_for(spatial: tuple[int, ...], windows: tuple[Window, ...]) -> tuple[Axis, ...]:
-    """The cheapest tiles for this map: few halo positions, and scores that are mostly wanted."""
+def tiles_for(
+    spatial: tuple[int, ...], windows: tuple[Window, ...], path: str = "tiles"
+) -> tuple[Axis, ...]:
+    """The cheapest tiles for this map: few halo positions, and scores that are mostly wanted.
+
+    `path` is the one of `vitarium.ops.tiled.path` that they are for.
+    """
     choices = []
     for length, window in zip(spatial, windows):
         size = -(-length // window.dilation)
         tiles = {min(size, tile) for tile in (*range(2, 17), 32, 64)}
         choices.append([axis_tiles(length, window, tile) for tile in sorted(tiles)])
-
-    def cost(axes: tuple[Axis, ...]) -> float:
-        queries = math.prod(axis.tile for axis in axes)
-        tiles = math.prod(axis.classes * axis.tiles for axis in axes)
-        halos = tiles * math.prod(axis.halo for axis in axes)
-        time = halos * queries * (LARGE_SCORE if queries >= LARGE else SMALL_SCORE)
-        if tiles > 1:
-            time += halos * HALO
-        if any(axis.classes > 1 or axis.queries != axis.length for axis in axes):
-            time += tiles * queries * COPY
-        return time
-
+    cost = {"tiles": _tiles_cost, "dense": _dense_cost, "strips": _strips_cost}[path]
     return min(itertools.product(*choices), key=cost)
+
+
+# Costs are times on a CPU at head_dim 32, relative to each other, fitted to measurements.
+
+
+def _tiles_cost(axes: tuple[Axis, ...]) -> float:
+    """Scores, cheaper in large tiles; halos to copy; positions to copy where a map is no grid."""
+    queries = math.prod(axis.tile for axis in axes)
+    tiles = math.prod(axis.classes * axis.tiles for axis in axes)
+    halos = tiles * math.prod(axis.halo for axis in axes)
+    time = halos * queries * (2.6 if queries >= 28 else 3.0)
+    if tiles > 1:
+        time += halos * 16
+    return time + _copies(axes)
+
+
+def _dense_cost(axes: tuple[Axis, ...]) -> float:
+    """As above, but a single tile needs no copies at all."""
+    if all(axis.classes == axis.tiles == 1 for axis in axes):
+        return 2 * math.prod(axis.tile * axis.halo for axis in axes)
+    return _tiles_cost(axes)
+
+
+def _strips_cost(axes: tuple[Axis, ...]) -> float:
+    """As above, but halos are copied once per strip; 16 keys at a time are fastest."""
+    first = max((part for _, part in split(axes[0])[1]), key=lambda part: part.length)
+    queries = first.tile * math.prod(axis.tile for axis in axes[1:])
+    keys = first.halo * math.prod(axis.halo for axis in axes[1:])
+    tiles = axes[0].classes * axes[0].length / first.tile
+    tiles *= math.prod(axis.classes * axis.tiles for axis in axes[1:])
+    time = tiles * queries * keys * (2 + 12 / queries + (0.5 if keys % 16 else 0))
+    strips = math.prod(axis.classes * axis.tiles * axis.halo for axis in axes[1:])
+    return time + strips * axes[0].classes * axes[0].length * 48 + _copies(axes[1:])
+
+
+def _copies(axes: tuple[Axis, ...]) -> float:
+    if all(axis.classes == 1 and axis.queries == axis.length for axis in axes):
+        return 0
+    return 8 * math.prod(axis.classes * axis.queries for axis in axes)
 
 
 def pairs_seen(spatial: tuple[int, ...], windows: tuple[Window, ...]) -> int:

@@ -1,4 +1,4 @@
-"""The shape of the project: which package may import which, and what may not be imported at once."""
+"""The shape of the project: which package may import which, and what waits until it is needed."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def neighborhood_attention(
         scale = query.shape[-1] ** -0.5
     elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
         raise TypeError(f"{NAME}: scale must be a number or None, got {type(scale).__name__}")
-    elif not math.isfinite(scale):
+    elif not -math.inf < scale < math.inf:
         raise ValueError(f"{NAME}: scale={scale} must be finite")
     query, key, value = dispatch.autocast(query, key, value)
     args = (query, key, value, bias, windows, float(scale))

@@ -107,7 +107,7 @@ def attend_strips(
                     scale=scale,
                 )
                 target = _queries(plan, section, result[image, head])
-                target.copy_(found.view(target.shape))
+                target.copy_(found.reshape(target.shape))
         plan.finish(result, chunk.of(output))
     plan.work.close()
     return output

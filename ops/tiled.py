@@ -79,7 +79,7 @@ def _attend_dense(
     output, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, attn_mask=mask, scale=scale
     )
-    return output.transpose(1, 2).reshape(shape)
+    return output.transpose(1, 2).contiguous().view(shape)
 
 
 def _attend_tiles(

@@ -72,7 +72,9 @@ def _attend_dense(
 ) -> Tensor:
     """One tile: the CPU's fused attention on the tensors as they are."""
     shape, group = query.shape, query.shape[-2] // key.shape[-2]
-    query, key, value = (tensor.flatten(1, -3).transpose(1, 2) for tensor in (query, key, value))
+    tensors = (tensor.flatten(1, -3).transpose(1, 2) for tensor in (query, key, value))
+    # It takes strides for all dimensions but the last.
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
     if group > 1:
         key, value = (tensor.repeat_interleave(group, 1) for tensor in (key, value))
     mask = additive.band(plan.bands[0]).movedim(1, 0) if additive.needed else None

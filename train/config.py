@@ -161,6 +161,8 @@ class TrainConfig:
         precision: "no" (float32), "bf16" or "fp16" mixed precision.
         device: "auto" takes an accelerator if there is one.
         workers: processes that read images; 0 reads in the main process.
+        threads: CPU threads of torch in the main process; null leaves them as they are. One is
+            best for small models: more of them wait for each other.
         seed: of everything random.
     """
 
@@ -179,6 +181,7 @@ class TrainConfig:
     precision: Literal["no", "bf16", "fp16"] = "no"
     device: Literal["auto", "cpu"] = "auto"
     workers: int = 4
+    threads: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -186,6 +189,8 @@ class TrainConfig:
         _integer("batch_size", self.batch_size, 1)
         _integer("workers", self.workers, 0)
         _integer("seed", self.seed, 0)
+        if self.threads is not None:
+            _integer("threads", self.threads, 1)
         if self.image_size is not None:
             _integer("image_size", self.image_size, 1)
         if self.crop_pct is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,17 @@ def create_accelerator(device: str, precision: str) -> Accelerator:
         if state.mixed_precision != precision or (state.device.type == "cpu") != (device == "cpu"):
             AcceleratorState._reset_state(reset_partial_state=state.num_processes == 1)
     return Accelerator(cpu=device == "cpu", mixed_precision=precision)
+
+
+@contextlib.contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Within the block, torch uses `count` CPU threads; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def held_out_loader(
@@ -129,7 +141,8 @@ def evaluate(
         config.workers if workers is None else workers,
         accelerator,
     )
-    return score(model.to(accelerator.device), loader, description.input, accelerator)
+    with torch_threads(config.threads):
+        return score(model.to(accelerator.device), loader, description.input, accelerator)
 
 
 def record_evaluation(checkpoint: Path | str, data: str | None, evaluation: Evaluation) -> Path:

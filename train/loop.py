@@ -26,7 +26,7 @@ from vitarium.train import checkpoint as files
 from vitarium.train import setup
 from vitarium.train.config import TrainConfig
 from vitarium.train.data import STEP, EpochBatches, batches, load_data, seed_all
-from vitarium.train.evaluate import Evaluation, create_accelerator, score
+from vitarium.train.evaluate import Evaluation, create_accelerator, score, torch_threads
 from vitarium.train.interrupt import Interrupted, StopRequest, stop_on_signal
 from vitarium.train.plots import learning_curves
 from vitarium.train.progress import Progress
@@ -142,13 +142,14 @@ class _Run:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         _LOG.addHandler(handler)
         _LOG.setLevel(logging.INFO)
-        self._log_start()
         self.started = time.monotonic() - self.seconds
         try:
             with (
+                torch_threads(self.config.threads),
                 Progress(console, self.epochs, self.steps_per_epoch) as progress,
                 stop_on_signal() as request,
             ):
+                self._log_start()
                 self._loop(progress, request)
         except BaseException as error:
             _LOG.error("%s: %s", type(error).__name__, error, exc_info=not _expected(error))

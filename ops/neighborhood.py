@@ -377,12 +377,12 @@ def _natten_refuses(
     windows: tuple[Window, ...],
     scale: float,
 ) -> str | None:
+    if not dispatch.NATTEN_INSTALLED:
+        return "natten is not installed (pip install natten)"
     if bias is not None:
         return "NATTEN has no relative position bias"
     if any(window.kernel_size < 2 for window in windows):
         return f"NATTEN needs kernel_size >= 2, got {[window.kernel_size for window in windows]}"
-    if not dispatch.NATTEN_INSTALLED:
-        return "natten is not installed (pip install natten)"
     return None
 
 
@@ -529,10 +529,15 @@ class NeighborhoodAttention(Mixer, name="neighborhood"):
         return weights[..., :height, :width]
 
     def extra_repr(self) -> str:
-        return (
-            f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"dilation={self.dilation}, is_causal={self.is_causal}"
-        )
+        """The number of heads, the kernel size, and of the rest what is not the default."""
+        parts = [f"num_heads={self.num_heads}"]
+        for name, usual in (("kernel_size", None), ("stride", 1), ("dilation", 1),
+                            ("is_causal", False)):  # fmt: skip
+            entries = getattr(self, name)
+            value = entries[0] if len(set(entries)) == 1 else entries
+            if value != usual:
+                parts.append(f"{name}={value}")
+        return ", ".join(parts)
 
 
 class GlobalAttention(NeighborhoodAttention, name="global"):
@@ -600,12 +605,12 @@ def _case(
 
 
 CASES = (
-    _case("ragged tiles both ways", (9, 11), 7, heads=(2, 2), bias=True),
-    _case("map as large as the window", (7, 7), 7, batch=3, bias=True),
+    _case("ragged tiles both ways", (9, 11), 7, bias=True),
+    _case("map as large as the window", (7, 7), 7, batch=3, heads=(2, 2), bias=True),
     _case("dilation that divides neither side", (11, 13), 3, dilation=3, bias=True),
     _case("even kernel, strides", (8, 10), (4, 5), stride=(2, 3), bias=True),
     _case("strides that divide nothing, dilated", (13, 9), (5, 4), stride=(5, 3), dilation=(2, 1)),
-    _case("grouped heads", (9, 9), 5, heads=(4, 2), bias=True),
+    _case("grouped heads", (5, 8), 5, heads=(4, 2), bias=True),
     _case("widths that are no powers of two", (8, 8), 3, dims=(24, 40), bias=True),
     _case("one dimension, causal", (37,), 9, dilation=2, is_causal=True, bias=True),
     _case("one dimension, causal, strided", (33,), 8, stride=3, is_causal=True),

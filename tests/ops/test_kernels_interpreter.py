@@ -1,4 +1,4 @@
-"""Runs `test_kernels.py` in Triton's interpreter, chosen before Triton is imported."""
+"""Runs the tests of kernels in Triton's interpreter, chosen before Triton is imported."""
 
 import os
 import subprocess
@@ -11,8 +11,9 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the interpreter")
-def test_kernels_in_the_interpreter() -> None:
-    tests = Path(__file__).with_name("test_kernels.py")
+@pytest.mark.parametrize("name", ["test_kernels.py", "test_operators.py"])
+def test_in_the_interpreter(name: str) -> None:
+    tests = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--import-mode=importlib", str(tests)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_ADDOPTS", None)

@@ -188,6 +188,7 @@ def test_natten_is_refused_what_it_cannot_do() -> None:
         ({"kernel_size": 1}, "kernel_size >= 2"),
     ):
         arguments = {"kernel_size": 3, **arguments}
+        reason = reason if NATTEN_INSTALLED else "natten is not installed"
         with pytest.raises(ValueError, match=f"backend='natten' cannot run.*{reason}"):
             neighborhood_attention(query, query, query, **arguments, backend="natten")
 

@@ -104,8 +104,8 @@ def assert_as_good(
 def test_forward_and_gradients(
     operator: Operator, case: Case, name: str, layout: str, dtype: torch.dtype
 ) -> None:
-    if INTERPRETED and dtype != torch.float32 and layout != "contiguous":
-        pytest.skip("the interpreter is slow: other dtypes in one layout only")
+    if INTERPRETED and (dtype, layout) != (torch.float32, "contiguous"):
+        pytest.skip("the interpreter is slow, and rounds to bfloat16 in its own way")
     tensors = draw(case, dtype, layout)
     exact_tensors = {key: value.double() for key, value in tensors.items()}
     exact = run(operator, case, "reference", exact_tensors)
@@ -114,8 +114,9 @@ def test_forward_and_gradients(
     assert ours["output"].dtype == dtype
     assert ours["output"].is_contiguous()
     assert_as_good(ours, plain, exact)
-    assert all(torch.equal(ours[key], value) for key, value in
-               run(operator, case, name, tensors).items()), "two runs differ"  # fmt: skip
+    if not INTERPRETED:
+        again = run(operator, case, name, tensors)
+        assert all(torch.equal(ours[key], again[key]) for key in ours), "two runs differ"
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("operator", "case", "name"), CALLS)
+@pytest.mark.parametrize(("operator", "case", "name"), FIRST_CALLS if INTERPRETED else CALLS)
 def test_reads_nothing_unwritten(operator: Operator, case: Case, name: str) -> None:
     assert torch.empty(1).isnan().all()
     found: dict[str, Tensor] = {}
@@ -151,7 +152,7 @@ def test_reads_nothing_unwritten(operator: Operator, case: Case, name: str) -> N
         assert value.isfinite().all(), key
 
 
-@pytest.mark.parametrize(("operator", "case", "name"), CALLS)
+@pytest.mark.parametrize(("operator", "case", "name"), FIRST_CALLS if INTERPRETED else CALLS)
 def test_custom_operators(operator: Operator, case: Case, name: str) -> None:
     """`opcheck` on every custom operator that a call reaches, with the arguments it gets."""
     if case.note == "no images":
@@ -191,6 +192,7 @@ def test_compile(operator: Operator, case: Case, name: str) -> None:
         torch.testing.assert_close(value, expected[key], msg=lambda text, key=key: f"{key}: {text}")
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not need every case compiled")
 @pytest.mark.parametrize(("operator", "case", "name"), FIRST_CALLS)
 def test_compile_with_inductor(operator: Operator, case: Case, name: str) -> None:
     torch._dynamo.reset()

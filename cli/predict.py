@@ -8,7 +8,7 @@ from typing import Literal
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from vitarium.train.predict import Prediction, predict
 
@@ -34,7 +34,9 @@ def run(config: Namespace) -> None:
 
 def prediction_table(predictions: Sequence[Prediction]) -> Table:
     """A row per image: its labels with their probabilities."""
-    table = Table("image", *(["label", "probability"] * len(predictions[0].labels)))
+    table = Table(
+        Column("image", overflow="fold"), *(["label", "probability"] * len(predictions[0].labels))
+    )
     for prediction in predictions:
         cells = [str(prediction.path)]
         for label, probability in zip(prediction.labels, prediction.probabilities):

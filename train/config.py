@@ -103,6 +103,7 @@ class AugmentConfig:
     Args:
         scale: least and largest part of the image's area that a random crop keeps.
         ratio: least and largest aspect ratio of a crop.
+        rotation: largest angle in degrees by which an image is turned; what turns in is black.
         hflip: probability of a horizontal flip.
         color_jitter: strength of brightness, contrast and saturation changes.
         auto_augment: policy in timm's notation, such as "rand-m9-mstd0.5-inc1"; null for none.
@@ -114,6 +115,7 @@ class AugmentConfig:
 
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    rotation: float = 0.0
     hflip: float = 0.5
     color_jitter: float = 0.4
     auto_augment: str | None = None
@@ -134,6 +136,7 @@ class AugmentConfig:
             )
         for name in ("hflip", "random_erasing", "label_smoothing"):
             _number(f"augment.{name}", getattr(self, name), 0, 1)
+        _number("augment.rotation", self.rotation, 0, 180)
         for name in ("color_jitter", "mixup", "cutmix"):
             _number(f"augment.{name}", getattr(self, name))
 

@@ -8,6 +8,7 @@ whether or not the run was interrupted before.
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from timm.data.loader import fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms
 
 from vitarium.train.config import AugmentConfig, nearest
 
@@ -185,7 +187,7 @@ class InputConfig:
                 "color_jitter": augment.color_jitter or None,
                 "auto_augment": augment.auto_augment,
             }
-        return create_transform(
+        transform: Any = create_transform(
             self.image_size,
             is_training=augment is not None,
             interpolation=self.interpolation if augment is None else "random",
@@ -194,6 +196,12 @@ class InputConfig:
             crop_pct=self.crop_pct,
             use_prefetcher=True,  # uint8: `normalize` finishes on the device, for the whole batch
             **random_choices,
+        )
+        if augment is None or augment.rotation == 0:
+            return transform
+        bilinear = transforms.InterpolationMode.BILINEAR
+        return transforms.Compose(
+            [transforms.RandomRotation(augment.rotation, interpolation=bilinear), transform]
         )
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -293,7 +301,12 @@ def _start_worker(_: int) -> None:
 
 
 def create_loader(samples: Samples, workers: int, **kwargs: Any) -> DataLoader[Any]:
-    """A loader of batches, `(B, 3, H, W)` of uint8 and `(B,)`; `batches` iterates over it."""
+    """A loader of batches, `(B, 3, H, W)` of uint8 and `(B,)`; `batches` iterates over it.
+
+    No more than a worker per core is started: batches do not depend on their number.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux: the cores that we may use
+    workers = min(workers, len(affinity(0)) if affinity else os.cpu_count() or 1)
     return DataLoader(
         samples,
         num_workers=workers,

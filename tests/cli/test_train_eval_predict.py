@@ -82,11 +82,12 @@ def test_eval_repeats_the_accuracy_to_the_last_image(digits_run: Path, vitarium:
         assert evaluation["loss"] == pytest.approx(record["loss"], abs=1e-6)
 
 
-def test_predict_knows_digits(digits_run: Path, tmp_path: Path, capsys) -> None:
+def test_predict_knows_digits(digits_run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
     held_out = load_data("digits").held_out
     paths = []
     for number in range(20):
-        paths.append(tmp_path / f"{number}.png")
+        paths.append(Path(f"{number}.png"))
         held_out.images[number].save(paths[-1])
     assert main(["predict", str(digits_run), *map(str, paths), "--top", "2"]) == 0
     rows = re.findall(r"(\d+)\.png\W+(\d)\W+([\d.]+)%\W+(\d)\W+([\d.]+)%", capsys.readouterr().out)
@@ -203,6 +204,7 @@ WRONG = [
     ("train --ema_decay 1.1", 2, "ema_decay=1.1"),
     ("train --optimizer.lr -1", 2, "optimizer.lr=-1"),
     ("train --optimizer.clip_grad -1", 2, "optimizer.clip_grad=-1"),
+    ("train --augment.rotation -5", 2, "augment.rotation=-5"),
     ("train --augment.hflip 3", 2, "augment.hflip=3"),
     ("train --augment.scale [0.9,0.1]", 2, "augment.scale"),
     ("train --augment.mixup 0.2 --batch_size 33", 2, "batch_size=33"),

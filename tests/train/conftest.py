@@ -41,7 +41,12 @@ def tiny_config(digit_folders: Path) -> TrainConfig:
         optimizer=OptimizerConfig(lr=2e-3, clip_grad=1.0),
         schedule=ScheduleConfig(warmup_epochs=1),
         augment=AugmentConfig(
-            auto_augment="rand-m5", random_erasing=0.3, mixup=0.5, cutmix=0.5, label_smoothing=0.1
+            rotation=5,
+            auto_augment="rand-m5",
+            random_erasing=0.3,
+            mixup=0.5,
+            cutmix=0.5,
+            label_smoothing=0.1,
         ),
         ema_decay=0.9,
         device="cpu",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitarium.ops.tiles import CPU_CHUNK, Additive, Axis, Plan, cut
+from vitarium.ops.tiles import CPU_CHUNK, LEAD, Additive, Axis, Plan, cut
 
 ROWS = 2  # queries per tile along the first axis, away from its ends
 
@@ -93,21 +93,35 @@ def attend_strips(
         key_grid = plan.keys_of("key grid", chunk.of(key, group))
         value_grid = plan.keys_of("value grid", chunk.of(value, group))
         result = plan.queries_of("output grid", chunk.of(output), fill=False)
+        # Buffers and views of them serve all pairs: little is left to do for each.
+        strips = _strip_view(plan, key_grid)
+        keys = plan.work.take("key", strips.shape, query.dtype)
+        values = plan.work.take("value", strips.shape, query.dtype)
+        calls = [
+            (
+                section.masks,
+                _TileView(plan, section, query_grid),
+                _TileView(plan, section, result),
+                _keys(plan, section, keys),
+                _keys(plan, section, values),
+            )
+            for section in sections
+        ]
         for image, head in itertools.product(*map(range, chunk.pairs)):
-            keys = _strips(plan, "key", key_grid[image, head])
-            values = _strips(plan, "value", value_grid[image, head])
-            for section in sections:
-                source = _queries(plan, section, query_grid[image, head])
-                tiles = plan.work.take("query", source.shape, query.dtype).copy_(source)
+            for grid, buffer in ((key_grid, keys), (value_grid, values)):
+                offset = grid.storage_offset() + image * grid.stride(0) + head * grid.stride(1)
+                buffer.copy_(grid.as_strided(strips.shape, strips.stride(), offset))
+            for masks, source, target, k, v in calls:
+                tiles = plan.work.take("query", source.shape, query.dtype)
+                tiles.copy_(source.of(query_grid, image, head))
                 found, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    tiles.view(-1, section.tiles, section.masks.shape[-2], query.shape[-1]),
-                    _keys(plan, section, keys),
-                    _keys(plan, section, values),
-                    attn_mask=section.masks[(chunk.heads.start + head) % len(section.masks)],
+                    tiles.view(*k.shape[:2], -1, k.shape[-1]),
+                    k,
+                    v,
+                    attn_mask=masks[(chunk.heads.start + head) % len(masks)],
                     scale=scale,
                 )
-                target = _queries(plan, section, result[image, head])
-                target.copy_(found.reshape(target.shape))
+                target.of(result, image, head).copy_(found.reshape(target.shape))
         plan.finish(result, chunk.of(output))
     plan.work.close()
     return output
@@ -134,39 +148,48 @@ def _sections(
     return found
 
 
-def _strips(plan: Plan, name: str, grid: Tensor) -> Tensor:
-    """The strips of a grid of keys `(*classes, *positions, channels)`, as rows of the first axis.
+def _strip_view(plan: Plan, grid: Tensor) -> Tensor:
+    """The strips of the first image and head of a grid of keys, as an overlapping view.
 
-    The result is `(strips, positions of the first axis, *halos of the others, channels)`.
+    `(*classes, *tiles of the other axes, positions of the first, *halos of the others, channels)`.
     """
-    rank, strides = len(plan.axes), grid.stride()
+    rank, strides = len(plan.axes), grid.stride()[LEAD:]
     inner = strides[rank:-1]
     steps = (axis.tile * stride for axis, stride in zip(plan.axes[1:], inner[1:]))
     tiles = (axis.tiles for axis in plan.axes[1:])
     shape = (*plan.classes, *tiles, plan.axes[0].keys, *plan.halo[1:], grid.shape[-1])
-    view = grid.as_strided(shape, (*strides[:rank], *steps, *inner, 1), grid.storage_offset())
-    strips = plan.work.take(name, shape, grid.dtype).copy_(view)
-    return strips.view(-1, *shape[2 * rank - 1 :])
+    return grid.as_strided(shape, (*strides[:rank], *steps, *inner, 1))
 
 
 def _keys(plan: Plan, section: Section, strips: Tensor) -> Tensor:
-    """The keys of a section's tiles, `(strips, tiles, keys, channels)`: views that overlap."""
-    channels, (length, row) = strips.shape[-1], strips.stride()[:2]
+    """The keys of a section's tiles in strips, `(strips, tiles, keys, channels)`: they overlap."""
+    channels = strips.shape[-1]
+    row = math.prod(plan.halo[1:]) * channels
+    length = plan.axes[0].keys * row
     return strips.as_strided(
-        (strips.shape[0], section.tiles, section.halo * row // channels, channels),
+        (strips.numel() // length, section.tiles, section.halo * row // channels, channels),
         (length, section.tile * row, channels, 1),
         strips.storage_offset() + section.key * row,
     )
 
 
-def _queries(plan: Plan, section: Section, grid: Tensor) -> Tensor:
-    """View of a section's tiles in a grid: `(*classes, *other tiles, tiles, *tile, channels)`."""
-    rank, strides = len(plan.axes), grid.stride()
-    inner = strides[rank:-1]
-    steps = [axis.tile * stride for axis, stride in zip(plan.axes[1:], inner[1:])]
-    tiles = (*(axis.tiles for axis in plan.axes[1:]), section.tiles)
-    return grid.as_strided(
-        (*plan.classes, *tiles, section.tile, *plan.tile[1:], grid.shape[-1]),
-        (*strides[:rank], *steps, section.tile * inner[0], *inner, strides[-1]),
-        grid.storage_offset() + section.first * inner[0],
-    )
+class _TileView:
+    """Where a section's tiles lie in a grid, in the order of its keys.
+
+    `shape` is `(*classes, *tiles of the other axes, tiles, *tile, channels)`.
+    """
+
+    def __init__(self, plan: Plan, section: Section, grid: Tensor) -> None:
+        rank, strides = len(plan.axes), grid.stride()[LEAD:]
+        inner = strides[rank:-1]
+        steps = [axis.tile * stride for axis, stride in zip(plan.axes[1:], inner[1:])]
+        tiles = (*(axis.tiles for axis in plan.axes[1:]), section.tiles)
+        self.shape = (*plan.classes, *tiles, section.tile, *plan.tile[1:], grid.shape[-1])
+        first = section.tile * inner[0]
+        self._strides = (*strides[:rank], *steps, first, *inner, strides[-1])
+        self._offset = section.first * inner[0]
+
+    def of(self, grid: Tensor, image: int, head: int) -> Tensor:
+        """The tiles of one image and head."""
+        offset = grid.storage_offset() + image * grid.stride(0) + head * grid.stride(1)
+        return grid.as_strided(self.shape, self._strides, offset + self._offset)

@@ -137,18 +137,23 @@ def map_views(
     The map is `(images, heads, *spatial, channels)`; a grid is class-major,
     `(images, heads, *classes, *positions, channels)`.
     """
-    rank = len(axes)
-    positions = [LEAD + 2 * i for i in range(rank)]
-    residues = [position + 1 for position in positions]
+    place = LEAD + len(axes)
+    outer, spatial, channels = x.stride()[:LEAD], x.stride()[LEAD:-1], x.stride(-1)
+    strides = grid.stride()
     for choice in itertools.product(*(axis.pieces() for axis in axes)):
-        source, target = x, grid
-        for i, (token, tokens, first, classes) in enumerate(choice):
-            source = source.narrow(LEAD + 2 * i, token, tokens)
-            source = source.unflatten(LEAD + 2 * i, (-1, classes))
-            target = target.narrow(LEAD + i, 0, classes)
-            first += axes[i].before if keys else 0
-            target = target.narrow(LEAD + rank + i, first, tokens // classes)
-        yield source.permute(0, 1, *residues, *positions, source.dim() - 1), target
+        shape = [*x.shape[:LEAD]]
+        shape += [classes for *_, classes in choice]
+        shape += [tokens // classes for _, tokens, _, classes in choice]
+        shape.append(x.shape[-1])
+        steps = [axis.classes * stride for axis, stride in zip(axes, spatial)]
+        offset = sum(token * stride for (token, *_), stride in zip(choice, spatial))
+        source = x.as_strided(
+            shape, (*outer, *spatial, *steps, channels), x.storage_offset() + offset
+        )
+        offset = grid.storage_offset()
+        for axis, (_, _, first, _), stride in zip(axes, choice, strides[place:]):
+            offset += (first + (axis.before if keys else 0)) * stride
+        yield source, grid.as_strided(shape, strides, offset)
 
 
 def tile_view(
@@ -326,8 +331,9 @@ class Workspace:
                 del self._buffers[key]
 
 
-# Bytes of the scores of one chunk. On a CPU they should stay in the second-level cache; elsewhere
-# few large launches are better.
+# Bytes of the scores of one chunk in float32. On a CPU they should stay near the second-level cache
+# (with half as many bytes an element, twice the bytes were best); elsewhere few large launches are
+# better.
 CPU_CHUNK = 1 << 20
 DEVICE_CHUNK = 1 << 28
 
@@ -363,6 +369,7 @@ class Plan:
         self.tile = tuple(axis.tile for axis in axes)
         self.halo = tuple(axis.halo for axis in axes)
         limit = CPU_CHUNK if query.device.type == "cpu" else DEVICE_CHUNK
+        limit = limit * 4 // query.element_size()
         batch, num_heads = query.shape[0], query.shape[-2]
         count = axes[0].tiles
         row = self._scores_of_a_row() * query.element_size()

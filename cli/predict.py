@@ -8,6 +8,7 @@ from typing import Literal
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from vitarium.train.predict import Prediction, predict
@@ -34,12 +35,10 @@ def run(config: Namespace) -> None:
 
 def prediction_table(predictions: Sequence[Prediction]) -> Table:
     """A row per image: its labels with their probabilities."""
-    table = Table(
-        Column("image", overflow="fold"), *(["label", "probability"] * len(predictions[0].labels))
-    )
+    ranks = [f"{rank}. label" for rank in range(1, len(predictions[0].labels) + 1)]
+    table = Table(Column("image", overflow="fold"), *ranks)
     for prediction in predictions:
-        cells = [str(prediction.path)]
-        for label, probability in zip(prediction.labels, prediction.probabilities):
-            cells += [label, f"{probability:.1%}"]
-        table.add_row(*cells)
+        ranked = zip(prediction.labels, prediction.probabilities)
+        cells = [f"{label}  {probability:.1%}" for label, probability in ranked]
+        table.add_row(escape(str(prediction.path)), *map(escape, cells))
     return table

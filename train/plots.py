@@ -135,7 +135,9 @@ def attention_picture(
     )
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03)  # type: ignore[union-attr]
     figure.suptitle(
-        f"{description.model}: where one token (outlined) looks, mean over heads", fontsize=11
+        f"{description.model}: where one token (outlined) looks; "
+        "orange is the attention weight, mean over heads",
+        fontsize=11,
     )
     grid = figure.subplots(len(rows), len(names) + 1, squeeze=False)
     for axes_row, (pixels, point, logits, maps), target in zip(grid, rows, targets):

@@ -90,7 +90,7 @@ def test_predict_knows_digits(digits_run: Path, tmp_path: Path, monkeypatch, cap
         paths.append(Path(f"{number}.png"))
         held_out.images[number].save(paths[-1])
     assert main(["predict", str(digits_run), *map(str, paths), "--top", "2"]) == 0
-    rows = re.findall(r"(\d+)\.png\W+(\d)\W+([\d.]+)%\W+(\d)\W+([\d.]+)%", capsys.readouterr().out)
+    rows = re.findall(r"(\d+)\.png\W+(\d) +([\d.]+)%\W+(\d) +([\d.]+)%", capsys.readouterr().out)
     assert len(rows) == 20
     right = sum(int(label) == held_out.targets[int(name)] for name, label, *_ in rows)
     assert right >= 19

@@ -96,3 +96,14 @@ def test_shapes_have_the_tokens_asked_for() -> None:
         shapes = {s.query_tile for s in rank_tiles((9,) * rank, 3, queries=tokens, keys=1)}
         assert shapes
         assert all(len(shape) == rank and math.prod(shape) == tokens for shape in shapes)
+
+
+@pytest.mark.parametrize(
+    ("side", "dilation"), [(56, 1), (56, 8), (28, 1), (28, 4), (14, 1), (14, 2), (7, 1)]
+)
+def test_kernel_tiles_waste_little(side: int, dilation: int) -> None:
+    """On every layer of DiNAT the kernel's tiles are close to the best of their size."""
+    chosen = simulate((side, side), 7, dilation=dilation)
+    queries, keys = math.prod(chosen.query_tile), math.prod(chosen.key_tile)
+    best = rank_tiles((side, side), 7, dilation=dilation, queries=queries, keys=keys)[0]
+    assert chosen.waste <= 1.3 * best.waste

@@ -168,10 +168,11 @@ def attend_backward(
                 grad_table[chunk.heads].index_add_(
                     1, additive.patterns.which(band), pairs.sum(0, dtype=wide)
                 )
-            grad_scores.mul_(scale)
-            halo = torch.bmm(grad_scores.mT, q, out=work.take("grad key", k.shape, dtype))
+            halo = work.take("grad key", k.shape, dtype)
+            torch.baddbmm(halo, grad_scores.mT, q, beta=0, alpha=scale, out=halo)
             plan.add_keys(halo, key_total, band)
-            tiles = torch.bmm(grad_scores, k, out=plan.results("output", query_total, band))
+            tiles = plan.results("output", query_total, band)
+            torch.baddbmm(tiles, grad_scores, k, beta=0, alpha=scale, out=tiles)
             plan.put_queries(tiles, query_total, band)
         plan.finish(query_total, chunk.of(grad_query))
         for total, target in ((key_total, grad_key), (value_total, grad_value)):

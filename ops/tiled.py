@@ -102,9 +102,9 @@ def _attend_tiles(
         result = plan.queries_of("output grid", chunk.of(output), fill=False)
         for band in plan.bands:
             q = plan.queries("query", query_grid, band)
-            k = plan.keys("key", key_grid, band)
-            v = plan.keys("value", value_grid, band)
+            k = plan.keys("halos", key_grid, band)
             weights = plan.weights(q, k, additive, scale, chunk, band)
+            v = plan.keys("halos", value_grid, band)  # over the keys, which have served
             tiles = torch.bmm(weights, v, out=plan.results("output", result, band))
             plan.put_queries(tiles, result, band)
         plan.finish(result, chunk.of(output))
@@ -149,13 +149,14 @@ def attend_backward(
             key_total.zero_()
             value_total.zero_()
         for band in plan.bands:
+            # Two buffers hold all halos in turn, so that they stay in cache.
             q = plan.queries("query", query_grid, band)
-            k = plan.keys("key", key_grid, band)
-            v = plan.keys("value", value_grid, band)
             g = plan.queries("grad", grad_grid, band)
+            k = plan.keys("key", key_grid, band)
             weights = plan.weights(q, k, additive, scale, chunk, band)
-            halo = torch.bmm(weights.mT, g, out=work.take("grad value", v.shape, dtype))
-            plan.add_keys(halo, value_total, band)
+            halo = work.take("value", (*k.shape[:2], value.shape[-1]), dtype)
+            plan.add_keys(torch.bmm(weights.mT, g, out=halo), value_total, band)
+            v = plan.keys("value", value_grid, band)
             grad_scores = torch._softmax_backward_data(
                 torch.bmm(g, v.mT, out=work.take("scores", weights.shape, dtype)),
                 weights,
@@ -168,7 +169,7 @@ def attend_backward(
                 grad_table[chunk.heads].index_add_(
                     1, additive.patterns.which(band), pairs.sum(0, dtype=wide)
                 )
-            halo = work.take("grad key", k.shape, dtype)
+            halo = work.take("value", k.shape, dtype)
             torch.baddbmm(halo, grad_scores.mT, q, beta=0, alpha=scale, out=halo)
             plan.add_keys(halo, key_total, band)
             tiles = plan.results("output", query_total, band)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -279,3 +280,65 @@ def test_attention_map_is_what_forward_uses() -> None:
         value = mixer.qkv(x).unflatten(-1, (3, 2, 16))[..., 2, :, :]
         mixed = torch.einsum("bhyx,byxhd->bhd", weights, value).flatten(1)
         torch.testing.assert_close(mixer.proj(mixed), mixer(x)[:, 4, 7])
+
+
+SIZES = {
+    0: torch.export.Dim("batch", min=1, max=64),
+    1: torch.export.Dim("height", min=10, max=200),
+    2: torch.export.Dim("width", min=10, max=200),
+}
+needs_new_exporter = pytest.mark.skipif(
+    tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13),
+    reason="the exporter of torch 2.11 refuses a dynamic width",
+)
+
+
+def _module() -> tuple[NeighborhoodAttention, Tensor, list[Tensor]]:
+    torch.manual_seed(0)
+    module = NeighborhoodAttention(32, num_heads=2, kernel_size=5, dilation=2).eval()
+    others = [torch.randn(*size, 32) for size in ((1, 10, 30), (3, 14, 10), (2, 33, 41))]
+    return module, torch.randn(2, 13, 15, 32), others
+
+
+@needs_new_exporter
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_any_size(strict: bool) -> None:
+    module, x, others = _module()
+    program = torch.export.export(module, (x,), dynamic_shapes=(SIZES,), strict=strict)
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert not [target for target in targets if "vitarium" in target]
+    for y in (x, *others):
+        torch.testing.assert_close(program.module()(y), module(y), rtol=1e-4, atol=1e-5)
+
+
+@needs_new_exporter
+def test_onnx_of_any_size(tmp_path: Any) -> None:
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    module, x, others = _module()
+    path = tmp_path / "attention.onnx"
+    torch.onnx.export(module, (x,), path, dynamo=True, dynamic_shapes=(SIZES,), verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    for y in (x, *others):
+        (found,) = session.run(None, {session.get_inputs()[0].name: y.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), module(y), rtol=1e-4, atol=1e-4)
+
+
+def test_activation_checkpointing_and_inference_mode() -> None:
+    module, x, _ = _module()
+    with torch.inference_mode():  # buffers kept from here must not leak into what follows
+        expected = module(x)
+    plain = torch.autograd.grad(module(x).square().sum(), module.rpb)[0]
+    again = torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)
+    assert torch.equal(again, expected)
+    assert torch.equal(torch.autograd.grad(again.square().sum(), module.rpb)[0], plain)
+
+
+def test_compile_with_marked_sizes() -> None:
+    module, x, others = _module()
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for dimension in range(3):
+        torch._dynamo.mark_dynamic(x, dimension)
+    for y in (x, *others):
+        torch.testing.assert_close(compiled(y), module(y))

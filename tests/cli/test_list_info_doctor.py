@@ -41,7 +41,7 @@ def test_info_of_one_of_ours(name, capsys):
         "2.695",
         "top-1 81.8 %",
         "stages.3",
-        "dilation=(8, 8)",
+        "dilation=8",
         "licence mit",
         "arXiv:2209.15001",
         "dinat_mini_in1k_224.pth",

@@ -30,7 +30,7 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser(
         description="Train a small dilated neighborhood attention model on scikit-learn's scanned "
         "digits, evaluate it, classify image files with it, draw what it attends to, and measure "
-        "it. About a minute and a half on two CPU cores.",
+        "it.",
         exit_on_error=False,
         allow_abbrev=False,
     )

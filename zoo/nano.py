@@ -1,4 +1,4 @@
-"""Models for images of 32 pixels: three stages, trained on a laptop's CPU in under a minute.
+"""Models for images of 32 pixels: three stages, small enough to train on a CPU.
 
 They differ from the published backbones in depth and width only. None has published weights.
 """

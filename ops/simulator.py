@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from vitarium.ops import dispatch
 from vitarium.ops.kernels.tiles import tiles
-from vitarium.ops.windows import Window, keys_seen, pairs_seen
+from vitarium.ops.windows import Window, pairs_seen, walk
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def simulate(
     key_tile = dispatch.per_dimension("simulate", "key_tile", key_tile or table.key, rank)
     visited = dense = 1
     for length, window, queries, keys in zip(spatial, windows, query_tile, key_tile):
-        visited *= sum(_walks(length, window, queries, keys))
+        visited *= walk(length, window, queries, keys)
         dense *= -(-length // queries) * -(-length // keys)
     area = math.prod(query_tile) * math.prod(key_tile)
     return Simulation(
@@ -136,16 +136,6 @@ def _windows(
     for length, window in zip(spatial, windows):
         window.check("simulate", length)
     return windows
-
-
-def _walks(length: int, window: Window, queries: int, keys: int) -> Iterator[int]:
-    """Key tiles that each query tile of one axis visits."""
-    for group in range(window.dilation):
-        n = -(-(length - group) // window.dilation)
-        for first in range(0, n, queries):
-            start = keys_seen(first, n, window).start
-            stop = keys_seen(min(first + queries, n) - 1, n, window).stop
-            yield -(-(stop - start) // keys)
 
 
 def _shapes(tokens: int, rank: int) -> Iterator[tuple[int, ...]]:

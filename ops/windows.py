@@ -146,6 +146,18 @@ def _copies(axes: tuple[Axis, ...]) -> float:
     return 8 * math.prod(axis.classes * axis.queries for axis in axes)
 
 
+def walk(length: int, window: Window, queries: int, keys: int) -> int:
+    """Key tiles that the query tiles of an axis visit, each from its first key seen to its last."""
+    visited = 0
+    for group in range(window.dilation):
+        n = -(-(length - group) // window.dilation)
+        for first in range(0, n, queries):
+            start = keys_seen(first, n, window).start
+            stop = keys_seen(min(first + queries, n) - 1, n, window).stop
+            visited += -(-(stop - start) // keys)
+    return visited
+
+
 def pairs_seen(spatial: tuple[int, ...], windows: tuple[Window, ...]) -> int:
     """Number of (query, key) pairs of one head of one image."""
     pairs = 1

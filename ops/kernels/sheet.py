@@ -22,7 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from vitarium.ops.kernels import neighborhood
-from vitarium.ops.kernels.tiles import HEAD_DIMS, NARROW
+from vitarium.ops.kernels.tiles import HEAD_DIMS
+
+NARROW = 8  # side of a map on which square tiles are visited least
 
 CAPABILITIES = (80, 90, 100)
 # Bytes of shared memory one block can have (CUDA C++ Programming Guide, technical specifications).

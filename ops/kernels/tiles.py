@@ -1,16 +1,20 @@
 """Launch parameters of the neighborhood attention kernels; asking for them needs no Triton.
 
 A tile is a patch of the map, so that the union of its queries' windows stays small. Its number of
-tokens is chosen by kernel, head_dim and element size; its shape by the number of dimensions and,
-for maps whose residue classes are at most 8 wide, to waste less of the last axis. The choices are
+tokens is chosen by kernel, head_dim and element size; the shape of the tile that is walked over by
+counting, for the map at hand, how many of either shape must be visited. The sizes are
 read off ahead-of-time compilation (`sheet.py`): no register spills and shared memory within the
 limit on compute capability 8.0, 9.0 and 10.0.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from vitarium.ops.windows import Window, walk
 
 KERNELS = ("forward", "query", "key_value", "bias")
 
@@ -76,7 +80,6 @@ _SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
     },
 }
 HEAD_DIMS = (32, 64, 128, 256)  # padded: the rows of the table
-NARROW = 8
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,28 @@ def tiles(
     """
     sizes = _SIZES[kernel, element_size]
     queries, keys, *options = sizes[min(d for d in HEAD_DIMS if d >= head_dim)]
-    dilation = windows[-1][2]
-    narrow = lengths is not None and -(-lengths[-1] // dilation) <= NARROW
-    walked = _SQUARE if narrow or kernel == "bias" else _LONG
+    fixed, walked = (keys, queries) if kernel == "key_value" else (queries, keys)
+    shapes = _SQUARE
+    if kernel != "bias":
+        pattern = tuple(Window(*window) for window in windows)
+        shapes = _walked_shapes(rank, fixed, walked, pattern, lengths and tuple(lengths))
     if kernel == "key_value":
-        query, key = walked[rank][queries], _SQUARE[rank][keys]
-    else:
-        query, key = _SQUARE[rank][queries], walked[rank][keys]
-    return TileConfig(query, key, *options)
+        return TileConfig(shapes[rank][queries], _SQUARE[rank][keys], *options)
+    return TileConfig(_SQUARE[rank][queries], shapes[rank][keys], *options)
+
+
+@functools.lru_cache(maxsize=1024)
+def _walked_shapes(
+    rank: int,
+    fixed: int,
+    walked: int,
+    windows: tuple[Window, ...],
+    lengths: tuple[int, ...] | None,
+) -> dict[int, dict[int, tuple[int, ...]]]:
+    """The table of shapes of which fewer tiles are visited; the long ones on large maps."""
+
+    def visited(shapes: dict[int, dict[int, tuple[int, ...]]]) -> int:
+        tiles_ = zip(lengths or (), windows, _SQUARE[rank][fixed], shapes[rank][walked])
+        return math.prod(walk(*axis) for axis in tiles_)
+
+    return min((_LONG, _SQUARE), key=visited)

@@ -1,0 +1,169 @@
+"""Dense attention: every query attends to every key.
+
+Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762); heads that share keys and values:
+Ainslie et al. (2305.13245). For the scores S = scale Q K^T + bias the output is softmax(S) V.
+Cost: N M (head_dim + value_dim) multiply-adds a head for N queries and M keys.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitarium.ops import dispatch
+from vitarium.ops.dispatch import Implementation
+
+NAME = "attention"
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of every query token to every key token.
+
+    Tokens are counted in raster order: N of the query, M of key and value. A query that sees no
+    key (M = 0, or a row of bias that is all -inf) has output 0 and sends no gradient.
+
+    Args:
+        query: `(B, *spatial, num_heads, head_dim)`, spatial of any rank from 1; any strides.
+        key: `(B, *spatial_kv, num_heads_kv, head_dim)`, of any rank from 1 and any number of
+            tokens; num_heads_kv divides num_heads, and query head h reads key and value head
+            `h // (num_heads // num_heads_kv)`.
+        value: `(B, *spatial_kv, num_heads_kv, value_dim)`.
+        bias: `(num_heads or 1, N, M)` or `(B or 1, num_heads or 1, N, M)`, added to the scaled
+            scores; floating-point, -inf hides a key; it may require a gradient.
+        is_causal: token i sees keys 0 ... i only, also where N and M differ.
+        scale: factor on the scores; `head_dim ** -0.5` if None.
+        backend: "reference", "torch", "triton", or None to choose.
+
+    Returns:
+        `(B, *spatial, num_heads, value_dim)`, contiguous, in the dtype of query.
+
+    Raises:
+        ValueError: shapes or devices do not fit, or the named backend cannot run this.
+        TypeError: an argument is of the wrong type, or dtypes differ.
+    """
+    scale = check(NAME, query, key, value, bias, is_causal, scale)
+    query, key, value = dispatch.autocast(query, key, value)
+    args = (query, key, value, bias, is_causal, scale)
+    return dispatch.choose(NAME, backend, _IMPLEMENTATIONS, query.device, *args)(*args)
+
+
+def check(
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    is_causal: Any,
+    scale: Any,
+) -> float:
+    """The scale; raises what `attention` says it raises, in the name of operator `name`."""
+    dispatch.check_tensors(name, query=query, key=key, value=value)
+    for argument, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() < 4:
+            raise ValueError(
+                f"{name}: {argument} has shape {tuple(tensor.shape)}; allowed are 4 dimensions or "
+                "more, (B, *spatial, num_heads, head_dim)"
+            )
+        if tensor.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"{name}: {argument} has batch size {tensor.shape[0]}, query {query.shape[0]}; "
+                "they must agree"
+            )
+        if tensor.shape[-1] < 1:
+            raise ValueError(
+                f"{name}: {argument} has head_dim {tensor.shape[-1]}; allowed is at least 1"
+            )
+    if value.shape[:-1] != key.shape[:-1]:
+        raise ValueError(
+            f"{name}: value has shape {tuple(value.shape)}, key {tuple(key.shape)}; all dimensions "
+            "but the last must agree"
+        )
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"{name}: key has head_dim {key.shape[-1]}, query {query.shape[-1]}; they must agree"
+        )
+    num_heads, num_heads_kv = query.shape[-2], key.shape[-2]
+    if num_heads_kv < 1 or num_heads % num_heads_kv:
+        raise ValueError(
+            f"{name}: key has {num_heads_kv} heads, which do not divide the query's {num_heads}"
+        )
+    if bias is not None:
+        _check_bias(name, bias, query, key)
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"{name}: is_causal must be True or False, got {is_causal!r}")
+    if scale is None:
+        return float(query.shape[-1] ** -0.5)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
+        raise TypeError(f"{name}: scale must be a number or None, got {type(scale).__name__}")
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"{name}: scale={scale} must be finite")
+    return float(scale)
+
+
+def _check_bias(name: str, bias: Any, query: Tensor, key: Tensor) -> None:
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{name}: bias must be a tensor or None, got {type(bias).__name__}")
+    if not bias.is_floating_point():
+        raise TypeError(f"{name}: bias must be floating-point, got {bias.dtype}")
+    if bias.device != query.device:
+        raise ValueError(f"{name}: bias is on {bias.device}, query on {query.device}")
+    tokens = (math.prod(query.shape[1:-2]), math.prod(key.shape[1:-2]))
+    batch, heads = query.shape[0], query.shape[-2]
+    shape = tuple(bias.shape)
+    fits = len(shape) in (3, 4) and shape[-2:] == tokens and shape[-3] in (1, heads)
+    if not fits or (len(shape) == 4 and shape[0] not in (1, batch)):
+        raise ValueError(
+            f"{name}: bias has shape {shape}; allowed are ({heads} or 1, *{tokens}) and "
+            f"({batch} or 1, {heads} or 1, *{tokens}), (batch, num_heads, queries, keys)"
+        )
+
+
+# --- the definition ------------------------------------------------------------------------------
+
+
+def flat(x: Tensor) -> Tensor:
+    """`(B, *spatial, heads, channels)` as `(B, heads, tokens, channels)`."""
+    return x.flatten(1, -3).transpose(1, 2)
+
+
+def _reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    shape = query.shape
+    query, key, value = flat(query), flat(key), flat(value)
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
+        key, value = (tensor.repeat_interleave(group, 1) for tensor in (key, value))
+    scores = query @ key.transpose(-1, -2) * scale
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    if is_causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, -math.inf)
+    # Softmax of a row of nothing but -inf would be NaN.
+    hidden = (scores == -math.inf).all(-1, keepdim=True)
+    weights = scores.masked_fill(hidden, 0).softmax(-1).masked_fill(hidden, 0)
+    return (weights @ value).transpose(1, 2).reshape(*shape[:-1], value.shape[-1])
+
+
+_IMPLEMENTATIONS = {
+    "reference": Implementation(_reference),
+    "torch": Implementation(_reference),
+}

@@ -33,11 +33,30 @@ class Case:
     """One call of an operator as data: the shapes of its tensors and its other arguments.
 
     Tests, benchmarks and tables draw random tensors of these shapes and iterate over the cases.
+
+    Attributes:
+        note: what the case is about; unique within an operator.
+        shapes: by argument name.
+        kwargs: the other arguments.
+        values: for tensors that are not standard normal (integer tables, gates), how to draw one:
+            a function of a generator and the shape.
     """
 
     note: str
     shapes: Mapping[str, tuple[int, ...]]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Callable[[torch.Generator, tuple[int, ...]], Tensor]] = field(
+        default_factory=dict
+    )
+
+    def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random tensors of the case: float32, or what `values` draws."""
+        return {
+            name: self.values[name](generator, shape)
+            if name in self.values
+            else torch.randn(shape, generator=generator)
+            for name, shape in self.shapes.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -53,12 +72,18 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator's public function, its implementations by backend name, and its test cases."""
+    """An operator's public function, its implementations by backend name, and its test cases.
+
+    Attributes:
+        context: which keys a query may come from elsewhere to meet (cross attention): "any size",
+            or "same size" as the map of the queries.
+    """
 
     name: str
     function: Callable[..., Any]
     implementations: Mapping[str, Implementation]
     cases: Sequence[Case]
+    context: str = "same size"
 
     def __post_init__(self) -> None:
         if self.name in OPERATORS:
@@ -159,6 +184,8 @@ def choose(
     Raises:
         ValueError: the named backend is unknown, absent from this operator, or cannot run it.
     """
+    if _recorded is not None:
+        _recorded.append(Call(operator, implementations, args))
     name = requested if requested is not None else _forced
     if name is None:
         if device.type in ("cuda", "meta") and not plain_aten():
@@ -178,11 +205,43 @@ def choose(
     return implementations[name].run
 
 
+@dataclass(frozen=True)
+class Call:
+    """A call of an operator: its implementations and the arguments that they take."""
+
+    operator: str
+    implementations: Mapping[str, Implementation]
+    args: tuple[Any, ...]
+
+
+_recorded: list[Call] | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Call]]:
+    """Within the block all calls of operators are noted in the list that it yields."""
+    global _recorded
+    previous, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = previous
+
+
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def triton_refuses(tensor: Tensor) -> str | None:
-    """Why no Triton kernel can run on this tensor's device and dtype, or None."""
+WIDEST = 256  # channels of a head that the kernels take
+
+
+def triton_refuses(tensor: Tensor, **widths: int) -> str | None:
+    """Why no Triton kernel can run on this tensor's device and dtype, or None.
+
+    `widths` are channels of heads by name, such as `head_dim=32`.
+    """
+    for name, width in widths.items():
+        if width > WIDEST:
+            return f"{name} {width} exceeds {WIDEST}"
     if tensor.dtype not in TRITON_DTYPES:
         return f"dtype {tensor.dtype} is not one of float32, float16, bfloat16"
     if tensor.device.type == "meta":

@@ -17,12 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitarium.ops import dispatch
+from vitarium.ops.differentiable import Differentiable
 from vitarium.ops.dispatch import Case, Implementation, Operator
 from vitarium.ops.mixer import Mixer
 from vitarium.ops.tiled import attend, attend_backward, attend_plain, path
 from vitarium.ops.windows import Window, axis_pattern, pairs_seen, plain_axis, tiles_for
 
 NAME = "neighborhood_attention"
+
+Ints = list[int]
 
 
 def neighborhood_attention(
@@ -72,7 +75,7 @@ def neighborhood_attention(
     elif not -math.inf < scale < math.inf:
         raise ValueError(f"{NAME}: scale={scale} must be finite")
     query, key, value = dispatch.autocast(query, key, value)
-    args = (query, key, value, bias, windows, float(scale))
+    args = (query, key, value, bias, *map(list, zip(*windows)), float(scale))
     return dispatch.choose(NAME, backend, _IMPLEMENTATIONS, query.device, *args)(*args)
 
 
@@ -147,6 +150,11 @@ def _check(
 # --- the definition ------------------------------------------------------------------------------
 
 
+def _windows(*pattern: Ints) -> tuple[Window, ...]:
+    """The window of every axis, from lists of kernel sizes, strides, dilations and causality."""
+    return tuple(map(Window, *pattern))
+
+
 def _dense_pattern(
     spatial: tuple[int, ...], windows: tuple[Window, ...], bias: Tensor | None, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
@@ -172,11 +180,11 @@ def _reference(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
-    windows: tuple[Window, ...],
-    scale: float,
+    *arguments: Any,
 ) -> Tensor:
+    *pattern, scale = arguments
     shape = query.shape
-    inside, dense_bias = _dense_pattern(tuple(shape[1:-2]), windows, bias, query.device)
+    inside, dense_bias = _dense_pattern(tuple(shape[1:-2]), _windows(*pattern), bias, query.device)
     query, key, value = (t.flatten(1, -3).transpose(1, 2) for t in (query, key, value))
     group = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
@@ -187,51 +195,26 @@ def _reference(
     return (weights @ value).transpose(1, 2).reshape(*shape[:-1], value.shape[-1])
 
 
-# --- the portable path ---------------------------------------------------------------------------
+# --- the portable path and the custom operator ---------------------------------------------------
 
 
-def _torch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    windows: tuple[Window, ...],
-    scale: float,
+def _plain(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *arguments: Any
 ) -> Tensor:
-    if dispatch.plain_aten():
-        axes = [
-            plain_axis(length, window, query.device)
-            for length, window in zip(query.shape[1:-2], windows)
-        ]
-        return attend_plain(query, key, value, bias, axes, scale)
-    return _attend(query, key, value, bias, *map(list, zip(*windows)), scale, False)[0]
+    *pattern, scale = arguments
+    axes = [
+        plain_axis(length, window, query.device)
+        for length, window in zip(query.shape[1:-2], _windows(*pattern))
+    ]
+    return attend_plain(query, key, value, bias, axes, scale)
 
 
-# --- the custom operator -------------------------------------------------------------------------
-
-Ints = list[int]
-Bools = list[int]  # torch.jit.trace, which FLOP counters use, cannot trace a list of bool
-
-
-@torch.library.custom_op("vitarium::neighborhood_attention", mutates_args=())
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    kernel_size: Ints,
-    stride: Ints,
-    dilation: Ints,
-    is_causal: Bools,
-    scale: float,
-    fused: bool,
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    """The output, and from the fused kernel the base-2 log-sum-exp `(B, *spatial, num_heads)`.
-
-    One operator for both implementations, so that one graph node, one fake kernel, one derivative
-    and one count of operations stand for neighborhood attention wherever it runs.
-    """
-    windows = tuple(map(Window, kernel_size, stride, dilation, is_causal))
+    """The output, and from the kernel the base-2 log-sum-exp `(B, *spatial, num_heads)`."""
+    *pattern, scale, fused = arguments
+    windows = _windows(*pattern)
     if fused:
         from vitarium.ops.kernels import neighborhood as kernels
 
@@ -240,14 +223,7 @@ def _attend(
     return attend(query, key, value, bias, axes, scale), query.new_empty(0, dtype=torch.float32)
 
 
-@_attend.register_fake
-def _(query, key, value, bias, kernel_size, stride, dilation, is_causal, scale, fused):
-    output = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    return output, query.new_empty(query.shape[:-1] if fused else 0, dtype=torch.float32)
-
-
-@torch.library.custom_op("vitarium::neighborhood_attention_backward", mutates_args=())
-def _attend_backward(
+def _backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -255,94 +231,52 @@ def _attend_backward(
     bias: Tensor | None,
     output: Tensor,
     logsumexp: Tensor,
-    kernel_size: Ints,
-    stride: Ints,
-    dilation: Ints,
-    is_causal: Bools,
-    scale: float,
-    fused: bool,
-    bias_needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and bias (an empty tensor where bias needs none)."""
-    windows = tuple(map(Window, kernel_size, stride, dilation, is_causal))
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    *pattern, scale, fused, needs = arguments
+    windows = _windows(*pattern)
     if fused:
         from vitarium.ops.kernels import neighborhood as kernels
 
         return kernels.backward(
-            grad, query, key, value, bias, output, logsumexp, windows, scale, bias_needs_grad
+            grad, query, key, value, bias, output, logsumexp, windows, scale, needs[3]
         )
     axes = tiles_for(tuple(query.shape[1:-2]), windows)
-    return attend_backward(grad, query, key, value, bias, axes, scale, bias_needs_grad)
+    return attend_backward(grad, query, key, value, bias, axes, scale, needs[3])
 
 
-@_attend_backward.register_fake
-def _(
-    grad, query, key, value, bias, output, logsumexp, kernel_size, stride, dilation, is_causal,
-    scale, fused, bias_needs_grad,
-):  # fmt: skip
-    grads = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
-    return *grads, bias.new_empty(bias.shape) if bias_needs_grad else query.new_empty(0)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, bias, *ctx.pattern = inputs
-    fused = ctx.pattern[-1]
-    ctx.save_for_backward(query, key, value, bias, *(output if fused else (None, None)))
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    query, key, value, bias, output, logsumexp = ctx.saved_tensors
-    if output is None:  # the portable path computes the weights again
-        output = logsumexp = query.new_empty(0)
-    bias_needs_grad = bias is not None and ctx.needs_input_grad[3]
-    *grads, grad_bias = _attend_backward(
-        grad, query, key, value, bias, output, logsumexp, *ctx.pattern, bias_needs_grad
-    )
-    return *grads, grad_bias if bias_needs_grad else None, *(None,) * len(ctx.pattern)
-
-
-_attend.register_autograd(_backward, setup_context=_setup_context)
-
-
-@dispatch.register_flops(_attend)
-def _flops(query, key, value, bias, kernel_size, stride, dilation, is_causal, *_, **__) -> int:
-    windows = tuple(map(Window, kernel_size, stride, dilation, is_causal))
+def _flops(query: Any, key: Any, value: Any, bias: Any, *arguments: Any) -> int:
     batch, *spatial, num_heads, head_dim = query
-    return 2 * batch * num_heads * pairs_seen(tuple(spatial), windows) * (head_dim + value[-1])
+    pairs = pairs_seen(tuple(spatial), _windows(*arguments[:4]))
+    return 2 * batch * num_heads * pairs * (head_dim + value[-1])
 
 
-@dispatch.register_flops(_attend_backward)
-def _backward_flops(
-    grad, query, key, value, bias, output, logsumexp, kernel_size, stride, dilation, is_causal,
-    *_, **__,
-) -> int:  # fmt: skip
+def _backward_flops(query: Any, key: Any, value: Any, bias: Any, *arguments: Any) -> int:
     """Three products over head_dim (scores again, query, key) and two over value_dim."""
-    windows = tuple(map(Window, kernel_size, stride, dilation, is_causal))
     batch, *spatial, num_heads, head_dim = query
-    pairs = pairs_seen(tuple(spatial), windows)
+    pairs = pairs_seen(tuple(spatial), _windows(*arguments[:4]))
     return 2 * batch * num_heads * pairs * (3 * head_dim + 2 * value[-1])
+
+
+_operation = Differentiable(
+    NAME,
+    tensors="Tensor query, Tensor key, Tensor value, Tensor? bias",
+    # Lists of integers even for is_causal: torch.jit.trace cannot trace a list of bool.
+    arguments="int[] kernel_size, int[] stride, int[] dilation, int[] is_causal, float scale",
+    forward=_forward,
+    backward=_backward,
+    output_shape=lambda query, key, value, *_: (*query.shape[:-1], value.shape[-1]),
+    saved_shape=lambda query, *arguments: query.shape[:-1] if arguments[-1] else (0,),
+    flops=_flops,
+    backward_flops=_backward_flops,
+)
 
 
 # --- the other implementations -------------------------------------------------------------------
 
 
-def _triton(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    windows: tuple[Window, ...],
-    scale: float,
-) -> Tensor:
-    return _attend(query, key, value, bias, *map(list, zip(*windows)), scale, True)[0]
-
-
 def _triton_refuses(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
-    for name, size in (("head_dim", query.shape[-1]), ("value_dim", value.shape[-1])):
-        if size > 256:
-            return f"{name} {size} exceeds 256"
-    return dispatch.triton_refuses(query)
+    return dispatch.triton_refuses(query, head_dim=query.shape[-1], value_dim=value.shape[-1])
 
 
 def _natten(
@@ -350,46 +284,41 @@ def _natten(
     key: Tensor,
     value: Tensor,
     bias: None,
-    windows: tuple[Window, ...],
+    kernel_size: Ints,
+    stride: Ints,
+    dilation: Ints,
+    is_causal: Ints,
     scale: float,
 ) -> Tensor:
     import natten
 
-    function = (natten.na1d, natten.na2d, natten.na3d)[len(windows) - 1]
-    kernel_size, stride, dilation, is_causal = zip(*windows)
+    function = (natten.na1d, natten.na2d, natten.na3d)[len(kernel_size) - 1]
     return function(
         query,
         key,
         value,
-        kernel_size=kernel_size,
-        stride=stride,
-        dilation=dilation,
-        is_causal=is_causal,
+        kernel_size=tuple(kernel_size),
+        stride=tuple(stride),
+        dilation=tuple(dilation),
+        is_causal=tuple(map(bool, is_causal)),
         scale=scale,
     )
 
 
 def _natten_refuses(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    windows: tuple[Window, ...],
-    scale: float,
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kernel_size: Ints, *_: Any
 ) -> str | None:
     if not dispatch.NATTEN_INSTALLED:
         return "natten is not installed (pip install natten)"
     if bias is not None:
         return "NATTEN has no relative position bias"
-    if any(window.kernel_size < 2 for window in windows):
-        return f"NATTEN needs kernel_size >= 2, got {[window.kernel_size for window in windows]}"
+    if min(kernel_size) < 2:
+        return f"NATTEN needs kernel_size >= 2, got {kernel_size}"
     return None
 
 
 _IMPLEMENTATIONS = {
-    "reference": Implementation(_reference),
-    "torch": Implementation(_torch),
-    "triton": Implementation(_triton, _triton_refuses),
+    **_operation.implementations(reference=_reference, plain=_plain, refuses=_triton_refuses),
     "natten": Implementation(_natten, _natten_refuses),
 }
 

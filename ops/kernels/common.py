@@ -24,6 +24,25 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def softmax_step(
+    scores, v, maximum, total, accumulator, factor, PRECISION: tl.constexpr, UPCAST: tl.constexpr
+):
+    """One tile of keys of the online softmax (Milakov and Gimelshein, arXiv 1805.02867).
+
+    `scores * factor` are base-2 logarithms; hidden ones are -inf. `maximum` begins as -1e30, which
+    is finite so that an empty tile does not compute inf - inf; `total` and `accumulator` as 0. The
+    output is accumulator / total, the base-2 log-sum-exp maximum + log2(total).
+    """
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1) * factor)
+    weights = tl.exp2(scores * factor - new_maximum[:, None])
+    decay = tl.exp2(maximum - new_maximum)
+    total = total * decay + tl.sum(weights, 1)
+    accumulator = accumulator * decay[:, None]
+    accumulator = dot(weights.to(v.dtype), v, accumulator, PRECISION, UPCAST)
+    return new_maximum, total, accumulator
+
+
+@triton.jit
 def split(index, counts):
     """The digits of `index` in the mixed radix `counts`, last axis fastest, and the rest."""
     x = index % counts[2]

@@ -7,71 +7,39 @@ checked.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from vitarium.ops.dispatch import TRITON_INTERPRET
 from vitarium.ops.kernels import neighborhood_backward, neighborhood_forward
+from vitarium.ops.kernels.launch import (
+    large,
+    launch,
+    map_strides,
+    positive_scale,
+    row_strides,
+    three,
+    widths,
+)
 from vitarium.ops.kernels.tiles import TileConfig, tiles
 
 Windows = tuple[tuple[int, int, int, bool], ...]
 
-AXES = 3
-SMALLEST_SCALE = 1e-37  # a smaller one is no normal float32 number: it counts as zero
 # The bias gradient is split among this many programs, as far as its partial sums stay this small
 # and each program has some tiles to add. Constants, so that the result does not depend on a device.
 BIAS_PROGRAMS = 4096
 BIAS_BYTES = 64 << 20
 BIAS_TILES_PER_PROGRAM = 8
 
-# Called in place of a launch with (kernel, arguments, options), for ahead-of-time compilation.
-recorder: Callable[[Any, dict[str, Any], dict[str, Any]], None] | None = None
-
-
-def _launch(
-    kernel: Any, programs: int, config: TileConfig, device: torch.device, **arguments: Any
-) -> None:
-    options = {
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "enable_fp_fusion": True,
-        "maxnreg": config.max_registers,
-    }
-    if recorder is not None:
-        recorder(kernel, arguments, options)
-        return
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
-        kernel[(programs,)](**arguments, **options)
-
-
-def _three(values: tuple[Any, ...], fill: Any) -> tuple[Any, ...]:
-    """`values` with leading entries added for the axes that a map of lower rank lacks."""
-    return (fill,) * (AXES - len(values)) + tuple(values)
-
-
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Strides of `(B, *spatial, heads, channels)` as (batch, z, y, x, head, channel)."""
-    batch, *spatial, head, channel = tensor.stride()
-    return (batch, *_three(tuple(spatial), 0), head, channel)
-
-
-def _row_strides(tensor: Tensor) -> tuple[int, ...]:
-    """Strides of `(B, *spatial, heads)` as (batch, z, y, x, head)."""
-    return _strides(tensor[..., None])[:-1]
-
 
 def _bias_arguments(bias: Tensor | None) -> dict[str, Any]:
     if bias is None:
         return {"bias": None, "bias_strides": (0, 0, 0, 0)}
     head, *spatial = bias.stride()
-    return {"bias": bias, "bias_strides": (head, *_three(tuple(spatial), 0))}
+    return {"bias": bias, "bias_strides": (head, *three(tuple(spatial), 0))}
 
 
 def _common_arguments(
@@ -79,37 +47,21 @@ def _common_arguments(
 ) -> dict[str, Any]:
     """Arguments that do not depend on the tiles, and the same for all kernels."""
     kernel_size, stride, dilation, is_causal = zip(*windows)
-    head_dim, value_dim = query.shape[-1], value.shape[-1]
-    bfloat16 = query.dtype == torch.bfloat16
     return {
         "query": query,
         "key": key,
         "value": value,
-        "query_strides": _strides(query),
-        "key_strides": _strides(key),
-        "value_strides": _strides(value),
-        "lengths": _three(tuple(query.shape[1:-2]), 1),
-        "dilation": _three(dilation, 1),
+        "query_strides": map_strides(query),
+        "key_strides": map_strides(key),
+        "value_strides": map_strides(value),
+        "lengths": three(tuple(query.shape[1:-2]), 1),
+        "dilation": three(dilation, 1),
         "GROUP": query.shape[-2] // key.shape[-2],
-        "K": _three(kernel_size, 1),
-        "S": _three(stride, 1),
-        "CAUSAL": _three(is_causal, False),
-        "D": head_dim,
-        "VALUE_D": value_dim,
-        # Matrix products of less than 16 do not exist.
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_VALUE_D": max(16, triton.next_power_of_2(value_dim)),
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-        "UPCAST": TRITON_INTERPRET and bfloat16,
+        "K": three(kernel_size, 1),
+        "S": three(stride, 1),
+        "CAUSAL": three(is_causal, False),
+        **widths(query, value),
     }
-
-
-def _large(*tensors: Tensor) -> bool:
-    """Whether an offset within one image of any of the tensors exceeds 32 bits."""
-    return any(
-        sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:])) >= 1 << 31
-        for t in tensors
-    )
 
 
 def _tile_counts(
@@ -120,13 +72,6 @@ def _tile_counts(
         triton.cdiv(triton.cdiv(length, d), size)
         for length, d, size in zip(lengths, dilation, tile)
     )
-
-
-def _positive_scale(scale: float) -> tuple[float, float]:
-    """The factor that moves into the query, and the positive scale that remains."""
-    if abs(scale) < SMALLEST_SCALE:
-        return 0.0, 1.0
-    return math.copysign(1.0, scale), abs(scale)
 
 
 def _config(
@@ -140,7 +85,7 @@ def _config(
         element_size=query.element_size(),
         lengths=query.shape[1:-2],
     )
-    return config, {"QUERY_TILE": _three(config.query, 1), "KEY_TILE": _three(config.key, 1)}
+    return config, {"QUERY_TILE": three(config.query, 1), "KEY_TILE": three(config.key, 1)}
 
 
 def forward(
@@ -163,7 +108,7 @@ def forward(
         The output `(B, *spatial, num_heads, value_dim)`, contiguous, and the base-2 log-sum-exp of
         the scores, `(B, *spatial, num_heads)`, float32.
     """
-    sign, scale = _positive_scale(scale)
+    sign, scale = positive_scale(scale)
     if sign != 1:
         query = query * sign
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
@@ -174,19 +119,19 @@ def forward(
     config, shapes = _config("forward", query, value, windows)
     counts = _tile_counts(common["lengths"], common["dilation"], shapes["QUERY_TILE"])
     batch, heads = query.shape[0], query.shape[-2]
-    _launch(
+    launch(
         neighborhood_forward.forward_kernel,
         batch * heads * math.prod(common["dilation"]) * math.prod(counts),
-        config,
         query.device,
+        **config.options,
         output=output,
         logsumexp=logsumexp,
-        output_strides=_strides(output),
-        logsumexp_strides=_row_strides(logsumexp),
+        output_strides=map_strides(output),
+        logsumexp_strides=row_strides(logsumexp),
         tiles=counts,
         heads=heads,
         scale=scale,
-        LARGE=_large(query, key, value, output),
+        LARGE=large(query, key, value, output),
         **common,
         **shapes,
         **_bias_arguments(bias),
@@ -212,7 +157,7 @@ def backward(
         grad_output: `(B, *spatial, num_heads, value_dim)`, any strides.
         output, logsumexp: what `forward` returned; the other arguments are what it got.
     """
-    sign, scale = _positive_scale(scale)
+    sign, scale = positive_scale(scale)
     if sign != 1:
         query = query * sign
     grad_query = query.new_empty(query.shape)
@@ -229,26 +174,26 @@ def backward(
         **_bias_arguments(bias),
         "scale": scale,
         "logsumexp": logsumexp,
-        "logsumexp_strides": _row_strides(logsumexp),
+        "logsumexp_strides": row_strides(logsumexp),
         "delta": delta,
         "grad_output": grad_output,
-        "grad_output_strides": _strides(grad_output),
-        "LARGE": _large(query, key, value, output, grad_output),
+        "grad_output_strides": map_strides(grad_output),
+        "LARGE": large(query, key, value, output, grad_output),
     }
     lengths, dilation = common["lengths"], common["dilation"]
     batch, heads, heads_kv = query.shape[0], query.shape[-2], key.shape[-2]
 
     config, shapes = _config("query", query, value, windows)
     counts = _tile_counts(lengths, dilation, shapes["QUERY_TILE"])
-    _launch(
+    launch(
         neighborhood_backward.query_kernel,
         batch * heads * math.prod(dilation) * math.prod(counts),
-        config,
         query.device,
+        **config.options,
         output=output,
-        output_strides=_strides(output),
+        output_strides=map_strides(output),
         grad_query=grad_query,
-        grad_query_strides=_strides(grad_query),
+        grad_query_strides=map_strides(grad_query),
         tiles=counts,
         heads=heads,
         **common,
@@ -256,15 +201,15 @@ def backward(
     )
     config, shapes = _config("key_value", query, value, windows)
     counts = _tile_counts(lengths, dilation, shapes["KEY_TILE"])
-    _launch(
+    launch(
         neighborhood_backward.key_value_kernel,
         batch * heads_kv * math.prod(dilation) * math.prod(counts),
-        config,
         query.device,
+        **config.options,
         grad_key=grad_key,
-        grad_key_strides=_strides(grad_key),
+        grad_key_strides=map_strides(grad_key),
         grad_value=grad_value,
-        grad_value_strides=_strides(grad_value),
+        grad_value_strides=map_strides(grad_value),
         tiles=counts,
         heads=heads_kv,
         **common,
@@ -304,11 +249,11 @@ def _grad_bias(
     partial_sums = query.new_empty(
         (parts, heads, *key_tiles, *query_tile, *key_tile), dtype=torch.float32
     )
-    _launch(
+    launch(
         neighborhood_backward.bias_kernel,
         parts * relative_tiles,
-        config,
         query.device,
+        **config.options,
         partial_sums=partial_sums,
         heads=heads,
         images=batch,

@@ -22,6 +22,7 @@ from vitarium.ops.kernels.common import (
     mask_scores,
     positions,
     relative_bias,
+    softmax_step,
     split,
     store_rows,
     store_tokens,
@@ -100,13 +101,9 @@ def forward_kernel(
                 entries = relative_bias(bias, bias_strides, q_column, k_row, start, stop, K)
                 scores = scores * before + entries * LOG2E
             scores = mask_scores(scores, k_row, start, stop)
-            new_maximum = tl.maximum(maximum, tl.max(scores, 1) * after)
-            weights = tl.exp2(scores * after - new_maximum[:, None])
-            decay = tl.exp2(maximum - new_maximum)
-            total = total * decay + tl.sum(weights, 1)
-            accumulator = accumulator * decay[:, None]
-            accumulator = dot(weights.to(v.dtype), v, accumulator, PRECISION, UPCAST)
-            maximum = new_maximum
+            maximum, total, accumulator = softmax_step(
+                scores, v, maximum, total, accumulator, after, PRECISION, UPCAST
+            )
         store_tokens(
             output, output_strides, batch, head, q_at, q_exists, residue, dilation,
             accumulator / total[:, None], VALUE_D, BLOCK_VALUE_D, LARGE,

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from vitarium.ops.kernels import neighborhood
+from vitarium.ops.kernels import launch, neighborhood
 from vitarium.ops.kernels.tiles import HEAD_DIMS
 
 NARROW = 8  # side of a map on which square tiles are visited least
@@ -131,12 +131,12 @@ def _compiling(capability: int) -> Iterator[list[tuple[dict[str, Any], dict[str,
         binary = kernel.warmup(**arguments, **options, grid=(1,))
         compiled.append((arguments, options, binary))
 
-    neighborhood.recorder = record
+    launch.recorder = record
     triton.runtime.driver.set_active(_Device(capability))
     try:
         yield compiled
     finally:
-        neighborhood.recorder = None
+        launch.recorder = None
         triton.runtime.driver.set_active(None)  # the real driver is found again when needed
 
 

@@ -92,6 +92,15 @@ class TileConfig:
     num_stages: int
     max_registers: int | None = None  # per thread
 
+    @property
+    def options(self) -> dict[str, int | None]:
+        """Options of the launch."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "max_registers": self.max_registers,
+        }
+
 
 def tiles(
     rank: int,

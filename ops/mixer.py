@@ -6,10 +6,15 @@ Backbones, tests, benchmarks and the README's table find mixers in `MIXERS`, by 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vitarium.ops import dispatch
 
 MixerSpec = str | Sequence[Any]  # "neighborhood" or ("neighborhood", {"dilation": 8})
 
@@ -20,22 +25,32 @@ class Mixer(nn.Module):
     """A token mixer: `(B, H, W, C) -> (B, H, W, C)` for any H, W >= 1.
 
     A subclass is declared with its name, `class NeighborhoodAttention(Mixer, name="neighborhood")`,
-    takes the number of channels first and everything else by keyword, and pads, crops or clips its
-    pattern itself where the map is too small for it. Auxiliary results (attention maps, a balance
-    loss) are reached through methods or attributes, never by another return type.
+    takes the number of channels first and everything else by keyword, and defines `mix`. It pads,
+    crops or clips its pattern itself where the map is too small for it. Auxiliary results (a
+    balance loss, a routing table) are reached through attributes or methods, never by another
+    return type.
 
     Class attributes:
         paper: title and arXiv number of the source.
         operator: name of the operator in `vitarium.ops.OPERATORS` that does the work.
         examples: constructor arguments that tests and tables try, each with a `dim`.
+        cross: whether keys and values may come from a second map, `mix(x, context)`.
         no_weight_decay: names of parameters that weight decay must leave alone (bias tables).
+        official_names: patterns of names in official state dicts, and what they are called here
+            (None: not wanted). `load_state_dict` takes either; a 1x1 convolution's weight serves as
+            a linear layer's.
+
+    Args:
+        dim: number of channels C.
     """
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     operator: ClassVar[str] = ""
     examples: ClassVar[Sequence[Mapping[str, Any]]] = ()
+    cross: ClassVar[bool] = False
     no_weight_decay: ClassVar[Sequence[str]] = ()
+    official_names: ClassVar[Mapping[str, str | None]] = {}
 
     def __init_subclass__(cls, *, name: str, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -44,13 +59,144 @@ class Mixer(nn.Module):
         cls.name = name
         MIXERS[name] = cls
 
-    def attention_map(self, x: Tensor, position: tuple[int, int]) -> Tensor:
-        """Where the token at `position` (row, column) looks: `(B, num_heads, H, W)`.
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if isinstance(dim, bool) or not isinstance(dim, int):
+            raise TypeError(f"{type(self).__name__}: dim must be int, got {type(dim).__name__}")
+        if dim < 1:
+            raise ValueError(f"{type(self).__name__}: dim={dim} must be at least 1")
+        self.dim = dim
+
+    def mix(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """What the mixer does with a checked map; `context` only where `cross` is true."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The mixed map.
+
+        Args:
+            x: `(B, H, W, C)`, channels last.
+            context: a second map, whose tokens are attended to in place of x's; only where the
+                mixer defines it (`cross`).
 
         Raises:
-            NotImplementedError: the mixer has no attention weights.
+            ValueError: a map is not `(B, H, W, C)`, or the mixer defines no cross attention.
         """
-        raise NotImplementedError(f"mixer {self.name!r} has no attention weights to show")
+        self._check_map("x", x)
+        if context is None:
+            return self.mix(x)
+        if not self.cross:
+            raise ValueError(
+                f"{type(self).__name__}: context is not defined for mixer {self.name!r}; mixers "
+                f"that take it are {', '.join(n for n, m in MIXERS.items() if m.cross)}"
+            )
+        self._check_map("context", context)
+        return self.mix(x, context)
+
+    def _check_map(self, name: str, x: Tensor) -> None:
+        if x.dim() != 4 or x.shape[-1] != self.dim:
+            raise ValueError(
+                f"{type(self).__name__}: {name} has shape {tuple(x.shape)}; allowed is "
+                f"(B, H, W, {self.dim})"
+            )
+
+    @torch.no_grad()
+    def attention_map(self, x: Tensor, query: tuple[int, int]) -> Tensor:
+        """The weights that the output at one position puts on every position of the input.
+
+        They are the derivative of the operator's definition with respect to its values, so any
+        mixer whose output is linear in the values has them. Where a mixer attends twice in a row,
+        they are followed through both, averaged over the heads of the second (attention rollout,
+        Abnar and Zuidema, arXiv 2005.00928).
+
+        Args:
+            x: `(B, H, W, C)`.
+            query: row and column of the output.
+
+        Returns:
+            `(B, num_heads, H, W)`.
+
+        Raises:
+            ValueError: `query` lies outside of the map.
+        """
+        height, width = x.shape[1:3]
+        row, column = query
+        if not (0 <= row < height and 0 <= column < width):
+            raise ValueError(f"query={tuple(query)} is outside the map ({height}, {width})")
+        with dispatch.recording() as calls:
+            self(x)
+        wanted = x.new_zeros(x.shape[0], 1, height, width)
+        wanted[:, :, row, column] = 1
+        for call in reversed(calls):
+            weights = self._weights(call, wanted)
+            wanted = weights.mean(1, keepdim=True)
+        return weights
+
+    def _weights(self, call: dispatch.Call, wanted: Tensor) -> Tensor:
+        """Weights on the positions of the map, `(B, num_heads, H, W)`, of one operator call.
+
+        Args:
+            call: of an operator with query, key and value as its first arguments.
+            wanted: `(B, 1, H, W)`, how much of each position of the output is asked for.
+        """
+        query, key, value, *rest = call.args
+        group = query.shape[-2] // key.shape[-2]
+        with torch.enable_grad():
+            # One channel stands for all: they have the same weights.
+            value = torch.ones_like(value[..., :1]).repeat_interleave(group, -2).requires_grad_()
+            key = key.repeat_interleave(group, -2)
+            output = call.implementations["reference"].run(query, key, value, *rest)
+        places, size = output.shape[1:-2], wanted.shape[-2:]
+        wanted = wanted.movedim(1, -1)
+        # Maps are padded at the bottom and right; a row of tokens is a map without its shape.
+        wanted = _resized(wanted, places) if len(places) == 2 else wanted.flatten(1, 2)
+        (weights,) = torch.autograd.grad(output, value, wanted[..., None].expand_as(output))
+        weights = weights[..., 0]
+        if len(places) == 2:
+            border = [(k - q) // 2 for k, q in zip(weights.shape[1:3], places)]  # explicit keys
+            weights = _resized(weights[:, border[0] :, border[1] :], size)
+        else:
+            weights = weights.unflatten(1, size)
+        return weights.movedim(-1, 1)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            for pattern, name in self.official_names.items():
+                match = re.fullmatch(pattern, key.removeprefix(prefix))
+                if match:
+                    tensor = state_dict.pop(key)
+                    if name is not None:
+                        state_dict[prefix + match.expand(name)] = tensor
+                    break
+        for name, parameter in self.named_parameters():
+            found = state_dict.get(prefix + name)
+            if found is not None and tuple(found.shape) == (*parameter.shape, 1, 1):
+                state_dict[prefix + name] = found.flatten(-3)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
+    """`(B, H, W, heads)` cropped, or padded with zeros, at the bottom and right."""
+    return F.pad(x, (0, 0, 0, size[1] - x.shape[2], 0, size[0] - x.shape[1]))
+
+
+def qkv_heads(
+    qkv: nn.Linear, x: Tensor, num_heads: int, context: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value `(..., num_heads, head_dim)` of a fused projection, as views of it.
+
+    With `context` keys and values are those of its tokens.
+    """
+    if context is None:
+        query, key, value = qkv(x).unflatten(-1, (3, num_heads, -1)).unbind(-3)
+        return query, key, value
+    dim = qkv.out_features // 3
+    bias = (None, None) if qkv.bias is None else (qkv.bias[:dim], qkv.bias[dim:])
+    query = F.linear(x, qkv.weight[:dim], bias[0]).unflatten(-1, (num_heads, -1))
+    key, value = (
+        F.linear(context, qkv.weight[dim:], bias[1]).unflatten(-1, (2, num_heads, -1)).unbind(-3)
+    )
+    return query, key, value
 
 
 def build_mixer(spec: MixerSpec, dim: int, **defaults: Any) -> Mixer:

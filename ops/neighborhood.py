@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vitarium.ops import dispatch
 from vitarium.ops.differentiable import Differentiable
 from vitarium.ops.dispatch import Case, Implementation, Operator
-from vitarium.ops.mixer import Mixer
+from vitarium.ops.mixer import Mixer, qkv_heads
 from vitarium.ops.tiled import attend, attend_backward, attend_plain, path
 from vitarium.ops.windows import Window, axis_pattern, pairs_seen, plain_axis, tiles_for
 
@@ -348,6 +348,7 @@ class NeighborhoodAttention(Mixer, name="neighborhood"):
 
     paper = "Neighborhood Attention Transformer (arXiv 2204.07143), dilated (2209.15001)"
     operator = NAME
+    cross = True
     no_weight_decay = ("rpb",)
     examples = (
         {"dim": 32, "num_heads": 2, "kernel_size": 7},
@@ -371,7 +372,7 @@ class NeighborhoodAttention(Mixer, name="neighborhood"):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"NeighborhoodAttention: num_heads={num_heads} must divide dim={dim}")
         factory = {"device": device, "dtype": dtype}
@@ -410,11 +411,6 @@ class NeighborhoodAttention(Mixer, name="neighborhood"):
             "bias": self.rpb,
         }
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value, `(B, H, W, num_heads, head_dim)` each."""
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        return query, key, value
-
     def _pad(self, x: Tensor) -> Tensor:
         """The map with zeros at the bottom and right, where it is smaller than the window."""
         lack = [
@@ -423,39 +419,18 @@ class NeighborhoodAttention(Mixer, name="neighborhood"):
         ]
         return F.pad(x, (0, 0, 0, lack[1], 0, lack[0])) if any(lack) else x
 
-    def forward(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """A context must be a map of the same size."""
         height, width = x.shape[1:3]
         x = self._pad(x)
+        context = None if context is None else self._pad(context)
         output = neighborhood_attention(
-            *self._project(x), **self._pattern(*x.shape[1:3]), scale=self.scale
+            *qkv_heads(self.qkv, x, self.num_heads, context),
+            **self._pattern(*x.shape[1:3]),
+            scale=self.scale,
         )
         output = output[:, :height, :width].flatten(-2)
         return self.proj_drop(self.proj(output))
-
-    @torch.no_grad()
-    def attention_map(self, x: Tensor, position: tuple[int, int]) -> Tensor:
-        height, width = x.shape[1:3]
-        row, column = position
-        if not (0 <= row < height and 0 <= column < width):
-            raise ValueError(f"position={position} is outside the map ({height}, {width})")
-        x = self._pad(x)
-        query, key, _ = self._project(x)
-        pattern = self._pattern(*x.shape[1:3])
-        bias = pattern.pop("bias")
-        seen, offsets = zip(
-            *(
-                [part[index] for part in axis_pattern(length, Window(*window), x.device)]
-                for length, index, window in zip(x.shape[1:3], position, zip(*pattern.values()))
-            )
-        )
-        scores = torch.einsum("bhd,byxhd->bhyx", query[:, row, column], key) * self.scale
-        if bias is not None:
-            middle = [size // 2 for size in bias.shape[1:]]
-            index = [(o + m).clamp(0, 2 * m) for o, m in zip(offsets, middle)]
-            scores = scores + bias[:, index[0][:, None], index[1]]
-        scores = scores.masked_fill(~(seen[0][:, None] & seen[1]), -math.inf)
-        weights = scores.flatten(-2).softmax(-1).unflatten(-1, scores.shape[-2:])
-        return weights[..., :height, :width]
 
     def extra_repr(self) -> str:
         """The number of heads, the kernel size, and of the rest what is not the default."""

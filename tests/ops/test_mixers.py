@@ -69,15 +69,42 @@ def test_dtypes_devices_and_compile(name: str, example: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("name", "example"), EXAMPLES)
 def test_attention_map(name: str, example: dict[str, Any]) -> None:
-    mixer = _build(name, example)
+    mixer = _build(name, example).eval()
     x = torch.randn(2, 11, 16, example["dim"])
-    weights = mixer.attention_map(x, (10, 3))
+    weights = mixer.attention_map(x, query=(10, 3))
     assert weights.shape[0] == 2 and weights.shape[2:] == (11, 16)
-    assert (weights >= 0).all()
-    assert (weights.sum((-1, -2)) <= 1 + 1e-5).all()
-    for position in ((11, 0), (0, -1)):
+    assert weights.isfinite().all()
+    assert (weights.flatten(1).amax(1) > 0).all()
+    alone = mixer.attention_map(x[1:], query=(10, 3))
+    torch.testing.assert_close(alone, weights[1:])
+    for query in ((11, 0), (0, -1)):
         with pytest.raises(ValueError, match="is outside the map"):
-            mixer.attention_map(x, position)
+            mixer.attention_map(x, query)
+
+
+@pytest.mark.parametrize(("name", "example"), EXAMPLES)
+def test_context(name: str, example: dict[str, Any]) -> None:
+    """Keys and values of a second map, where the mixer defines it; else a clear refusal."""
+    mixer = _build(name, example, dtype=torch.float64).eval()
+    x, context = torch.randn(2, 2, 8, 9, example["dim"], dtype=torch.float64)
+    if not mixer.cross:
+        with pytest.raises(ValueError, match=f"context is not defined for mixer '{name}'"):
+            mixer(x, context)
+        return
+    torch.testing.assert_close(mixer(x, x.clone()), mixer(x))
+    assert not torch.allclose(mixer(x, context), mixer(x))
+    with pytest.raises(ValueError, match="context has shape"):
+        mixer(x, context[..., 1:])
+
+
+@pytest.mark.parametrize(("name", "example"), EXAMPLES)
+def test_bad_maps(name: str, example: dict[str, Any]) -> None:
+    mixer = _build(name, example)
+    for shape in ((2, 8, 9, example["dim"] + 1), (8, 9, example["dim"]), (2, example["dim"], 8, 9)):
+        with pytest.raises(ValueError, match="x has shape"):
+            mixer(torch.randn(shape))
+    with pytest.raises(ValueError, match="dim=0 must be"):
+        build_mixer((name, {k: v for k, v in example.items() if k != "dim"}), 0)
 
 
 def test_specs() -> None:

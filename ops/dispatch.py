@@ -291,13 +291,19 @@ def check_tensors(operator: str, **tensors: Tensor) -> None:
 
 
 def per_dimension(
-    operator: str, name: str, value: Any, dimensions: int, kind: type[int] | type[bool] = int
+    operator: str,
+    name: str,
+    value: Any,
+    dimensions: int,
+    kind: type[int] | type[bool] = int,
+    *,
+    least: int = 1,
 ) -> tuple[Any, ...]:
-    """`value` as one entry per spatial dimension; integers must be at least 1.
+    """`value` as one entry per spatial dimension; integers must be at least `least`.
 
     Raises:
         TypeError: an entry is not of `kind`.
-        ValueError: the number of entries is not `dimensions`, or an integer is below 1.
+        ValueError: the number of entries is not `dimensions`, or an integer is below `least`.
     """
     several = isinstance(value, Sequence) and not isinstance(value, str)
     entries = tuple(value) if several else (value,) * dimensions
@@ -318,6 +324,6 @@ def per_dimension(
                 f"{operator}: {name}={value!r} must hold {kind.__name__}, "
                 f"got {type(entry).__name__}"
             )
-        if kind is int and entry < 1:
-            raise ValueError(f"{operator}: {name}={value!r} must be at least 1")
+        if kind is int and entry < least:
+            raise ValueError(f"{operator}: {name}={value!r} must be at least {least}")
     return entries

@@ -7,6 +7,7 @@ from vitarium.ops.neighborhood import (
     NeighborhoodAttention,
     neighborhood_attention,
 )
+from vitarium.ops.window import window_attention
 
 __all__ = [
     "BACKENDS",
@@ -19,4 +20,5 @@ __all__ = [
     "backend",
     "build_mixer",
     "neighborhood_attention",
+    "window_attention",
 ]

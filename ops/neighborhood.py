@@ -9,7 +9,6 @@ tokens, instead of 2 N^2 head_dim.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -17,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitarium.ops import dispatch
-from vitarium.ops.differentiable import Differentiable
 from vitarium.ops.dispatch import Case, Implementation, Operator
+from vitarium.ops.local import LocalAttention, check_bias, check_scale, check_tensors
 from vitarium.ops.mixer import Mixer, qkv_heads
-from vitarium.ops.tiled import attend, attend_backward, attend_plain, path
-from vitarium.ops.windows import Window, axis_pattern, pairs_seen, plain_axis, tiles_for
+from vitarium.ops.windows import Window
 
 NAME = "neighborhood_attention"
 
@@ -67,15 +65,11 @@ def neighborhood_attention(
         ValueError: shapes, sizes or devices do not fit, or the named backend cannot run this.
         TypeError: an argument is of the wrong type, or dtypes differ.
     """
-    windows = _check(query, key, value, kernel_size, stride, dilation, is_causal, bias)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
-        raise TypeError(f"{NAME}: scale must be a number or None, got {type(scale).__name__}")
-    elif not -math.inf < scale < math.inf:
-        raise ValueError(f"{NAME}: scale={scale} must be finite")
+    windows = _check(query, key, value, kernel_size, stride, dilation, is_causal)
+    check_bias(NAME, bias, query, windows, "2 * kernel_size - 1")
+    scale = check_scale(NAME, scale, query)
     query, key, value = dispatch.autocast(query, key, value)
-    args = (query, key, value, bias, *map(list, zip(*windows)), float(scale))
+    args = (query, key, value, bias, *map(list, zip(*windows)), scale)
     return dispatch.choose(NAME, backend, _IMPLEMENTATIONS, query.device, *args)(*args)
 
 
@@ -87,38 +81,14 @@ def _check(
     stride: Any,
     dilation: Any,
     is_causal: Any,
-    bias: Tensor | None,
 ) -> tuple[Window, ...]:
     """The window of every axis; raises what `neighborhood_attention` says it raises."""
-    dispatch.check_tensors(NAME, query=query, key=key, value=value)
-    rank = query.dim() - 3
-    if rank not in (1, 2, 3):
+    rank = check_tensors(NAME, query, key, value)
+    if key.shape[:-2] != query.shape[:-2]:
         raise ValueError(
-            f"{NAME}: query has shape {tuple(query.shape)}; allowed are 4 to 6 dimensions, "
-            "(B, *spatial, num_heads, head_dim) with 1 to 3 spatial dimensions"
+            f"{NAME}: key has shape {tuple(key.shape)}, query {tuple(query.shape)}; "
+            "batch and spatial dimensions must agree"
         )
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dim() != query.dim() or tensor.shape[:-2] != query.shape[:-2]:
-            raise ValueError(
-                f"{NAME}: {name} has shape {tuple(tensor.shape)}, query {tuple(query.shape)}; "
-                "batch and spatial dimensions must agree"
-            )
-    if key.shape[-1] != query.shape[-1]:
-        raise ValueError(
-            f"{NAME}: key has head_dim {key.shape[-1]}, query {query.shape[-1]}; they must agree"
-        )
-    if value.shape[-2] != key.shape[-2]:
-        raise ValueError(
-            f"{NAME}: value has {value.shape[-2]} heads, key {key.shape[-2]}; they must agree"
-        )
-    num_heads, num_heads_kv = query.shape[-2], key.shape[-2]
-    if num_heads_kv < 1 or num_heads % num_heads_kv:
-        raise ValueError(
-            f"{NAME}: key has {num_heads_kv} heads, which do not divide the query's {num_heads}"
-        )
-    for name, size in (("query", query.shape[-1]), ("value", value.shape[-1])):
-        if size < 1:
-            raise ValueError(f"{NAME}: {name} has head_dim {size}; allowed is at least 1")
     windows = tuple(
         Window(*entries)
         for entries in zip(
@@ -131,152 +101,10 @@ def _check(
     spatial = query.shape[1:-2]
     for axis, length, window in zip("DHW"[-rank:], spatial, windows):
         window.check(NAME, length, axis, tuple(spatial))
-    if bias is not None:
-        if not isinstance(bias, Tensor):
-            raise TypeError(f"{NAME}: bias must be a tensor or None, got {type(bias).__name__}")
-        if not bias.is_floating_point():
-            raise TypeError(f"{NAME}: bias must be floating-point, got {bias.dtype}")
-        if bias.device != query.device:
-            raise ValueError(f"{NAME}: bias is on {bias.device}, query on {query.device}")
-        expected = (num_heads, *(2 * w.kernel_size - 1 for w in windows))
-        if tuple(bias.shape) != expected:
-            raise ValueError(
-                f"{NAME}: bias has shape {tuple(bias.shape)}; allowed is {expected}, "
-                "(num_heads, 2 * kernel_size - 1, ...)"
-            )
     return windows
 
 
-# --- the definition ------------------------------------------------------------------------------
-
-
-def _windows(*pattern: Ints) -> tuple[Window, ...]:
-    """The window of every axis, from lists of kernel sizes, strides, dilations and causality."""
-    return tuple(map(Window, *pattern))
-
-
-def _dense_pattern(
-    spatial: tuple[int, ...], windows: tuple[Window, ...], bias: Tensor | None, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """Mask `(N, N)` over flattened tokens, and the bias `(num_heads, N, N)` that belongs to it."""
-    rank, tokens = len(spatial), math.prod(spatial)
-    inside = torch.ones((), dtype=torch.bool, device=device)
-    table_index = []
-    for axis, (length, window) in enumerate(zip(spatial, windows)):
-        seen, offset = axis_pattern(length, window, device)
-        shape = [1] * (2 * rank)
-        shape[axis] = shape[rank + axis] = length
-        inside = inside & seen.view(shape)
-        k = window.kernel_size
-        table_index.append((offset + k - 1).clamp(0, 2 * k - 2).view(shape))
-    inside = inside.reshape(tokens, tokens)
-    if bias is None:
-        return inside, None
-    return inside, bias[(slice(None), *table_index)].reshape(-1, tokens, tokens)
-
-
-def _reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    *arguments: Any,
-) -> Tensor:
-    *pattern, scale = arguments
-    shape = query.shape
-    inside, dense_bias = _dense_pattern(tuple(shape[1:-2]), _windows(*pattern), bias, query.device)
-    query, key, value = (t.flatten(1, -3).transpose(1, 2) for t in (query, key, value))
-    group = query.shape[1] // key.shape[1]
-    key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
-    scores = query @ key.transpose(-1, -2) * scale
-    if dense_bias is not None:
-        scores = scores + dense_bias.to(scores.dtype)
-    weights = scores.masked_fill(~inside, -math.inf).softmax(-1)
-    return (weights @ value).transpose(1, 2).reshape(*shape[:-1], value.shape[-1])
-
-
-# --- the portable path and the custom operator ---------------------------------------------------
-
-
-def _plain(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *arguments: Any
-) -> Tensor:
-    *pattern, scale = arguments
-    axes = [
-        plain_axis(length, window, query.device)
-        for length, window in zip(query.shape[1:-2], _windows(*pattern))
-    ]
-    return attend_plain(query, key, value, bias, axes, scale)
-
-
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *arguments: Any
-) -> tuple[Tensor, Tensor]:
-    """The output, and from the kernel the base-2 log-sum-exp `(B, *spatial, num_heads)`."""
-    *pattern, scale, fused = arguments
-    windows = _windows(*pattern)
-    if fused:
-        from vitarium.ops.kernels import neighborhood as kernels
-
-        return kernels.forward(query, key, value, bias, windows, scale)
-    axes = tiles_for(tuple(query.shape[1:-2]), windows, path(query, value))
-    return attend(query, key, value, bias, axes, scale), query.new_empty(0, dtype=torch.float32)
-
-
-def _backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    output: Tensor,
-    logsumexp: Tensor,
-    *arguments: Any,
-) -> tuple[Tensor, ...]:
-    *pattern, scale, fused, needs = arguments
-    windows = _windows(*pattern)
-    if fused:
-        from vitarium.ops.kernels import neighborhood as kernels
-
-        return kernels.backward(
-            grad, query, key, value, bias, output, logsumexp, windows, scale, needs[3]
-        )
-    axes = tiles_for(tuple(query.shape[1:-2]), windows)
-    return attend_backward(grad, query, key, value, bias, axes, scale, needs[3])
-
-
-def _flops(query: Any, key: Any, value: Any, bias: Any, *arguments: Any) -> int:
-    batch, *spatial, num_heads, head_dim = query
-    pairs = pairs_seen(tuple(spatial), _windows(*arguments[:4]))
-    return 2 * batch * num_heads * pairs * (head_dim + value[-1])
-
-
-def _backward_flops(query: Any, key: Any, value: Any, bias: Any, *arguments: Any) -> int:
-    """Three products over head_dim (scores again, query, key) and two over value_dim."""
-    batch, *spatial, num_heads, head_dim = query
-    pairs = pairs_seen(tuple(spatial), _windows(*arguments[:4]))
-    return 2 * batch * num_heads * pairs * (3 * head_dim + 2 * value[-1])
-
-
-_operation = Differentiable(
-    NAME,
-    tensors="Tensor query, Tensor key, Tensor value, Tensor? bias",
-    # Lists of integers even for is_causal: torch.jit.trace cannot trace a list of bool.
-    arguments="int[] kernel_size, int[] stride, int[] dilation, int[] is_causal, float scale",
-    forward=_forward,
-    backward=_backward,
-    output_shape=lambda query, key, value, *_: (*query.shape[:-1], value.shape[-1]),
-    saved_shape=lambda query, *arguments: query.shape[:-1] if arguments[-1] else (0,),
-    flops=_flops,
-    backward_flops=_backward_flops,
-)
-
-
-# --- the other implementations -------------------------------------------------------------------
-
-
-def _triton_refuses(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
-    return dispatch.triton_refuses(query, head_dim=query.shape[-1], value_dim=value.shape[-1])
+# --- implementations ------------------------------------------------------------------------------
 
 
 def _natten(
@@ -318,7 +146,7 @@ def _natten_refuses(
 
 
 _IMPLEMENTATIONS = {
-    **_operation.implementations(reference=_reference, plain=_plain, refuses=_triton_refuses),
+    **LocalAttention(NAME, Window).implementations,
     "natten": Implementation(_natten, _natten_refuses),
 }
 

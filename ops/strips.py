@@ -45,9 +45,9 @@ def split(axis: Axis) -> tuple[Axis, tuple[tuple[int, Axis], ...]]:
     """The axis as one tile, and as sections (first query, axis): low tiles between the ends.
 
     At the ends windows are pushed inside, so that one tile takes all queries there. Where windows
-    do not move evenly with the query (strides), the axis stays as it is.
+    do not move evenly with the query (strides, window attention), the axis stays as it is.
     """
-    if axis.classes > 1:
+    if axis.classes > 1 or axis.lead or axis.border:
         return axis, ((0, axis),)
     n = axis.length
     ranges = [axis.seen(query) for query in range(n)]
@@ -158,7 +158,7 @@ def _strip_view(plan: Plan, grid: Tensor) -> Tensor:
     steps = (axis.tile * stride for axis, stride in zip(plan.axes[1:], inner[1:]))
     tiles = (axis.tiles for axis in plan.axes[1:])
     shape = (*plan.classes, *tiles, plan.axes[0].keys, *plan.halo[1:], grid.shape[-1])
-    return grid.as_strided(shape, (*strides[:rank], *steps, *inner, 1))
+    return grid.as_strided(shape, (*strides[:rank], *steps, *inner, strides[-1]))
 
 
 def _keys(plan: Plan, section: Section, strips: Tensor) -> Tensor:

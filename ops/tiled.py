@@ -44,8 +44,8 @@ def attend(
 
     Args:
         query: `(B, *spatial, num_heads, head_dim)`.
-        key: `(B, *spatial, num_heads_kv, head_dim)`.
-        value: `(B, *spatial, num_heads_kv, value_dim)`.
+        key: `(B, *spatial, num_heads_kv, head_dim)`, with the axes' borders.
+        value: `(B, *spatial, num_heads_kv, value_dim)`, likewise.
         bias: `(num_heads, 2 * reach + 1, ...)` per axis, added at `key - query + reach`.
         axes: the tiles of every spatial axis, chosen for `path`.
         scale: factor on the scores.
@@ -209,14 +209,13 @@ def attend_plain(
     offsets = []
     for i, axis in enumerate(axes):
         at = 1 + 3 * i  # this axis becomes (tiles, tile or halo, classes)
-        index = torch.arange(axis.tiles, device=device)[:, None] * axis.tile - axis.before
-        index = index + torch.arange(axis.halo, device=device)
-        classes = torch.arange(axis.classes, device=device)
-        taken = index.clamp(min=0)[..., None] * axis.classes + classes
-        key, value = (_take(tensor, at, taken, axis.length) for tensor in (key, value))
-        taken = torch.arange(axis.tiles * axis.tile * axis.classes, device=device)
-        taken = taken.view(axis.tiles, axis.tile, axis.classes)
-        query = _take(query, at, taken, axis.length)
+        first = torch.arange(axis.tiles, device=device)[:, None] * axis.tile - axis.lead
+        index = first - axis.before + torch.arange(axis.halo, device=device)
+        taken = index + axis.border
+        length = axis.length + 2 * axis.border * axis.classes
+        key, value = (_take(tensor, at, taken, axis.classes, length) for tensor in (key, value))
+        taken = first + torch.arange(axis.tile, device=device)
+        query = _take(query, at, taken, axis.classes, axis.length)
         index = index[:, None]
         seen = (index >= axis.start[..., None]) & (index < axis.stop[..., None])
         # (tiles and classes of every axis, tile of every axis, halo of every axis)
@@ -248,11 +247,17 @@ def attend_plain(
     output = output.permute(sorted(range(len(order)), key=order.__getitem__))
     for i, axis in enumerate(axes):
         whole = output.flatten(1 + i, 3 + i)
-        output = whole.index_select(1 + i, torch.arange(axis.length, device=device))
+        taken = torch.arange(axis.length, device=device) + axis.lead * axis.classes
+        output = whole.index_select(1 + i, taken)
     return output
 
 
-def _take(x: Tensor, axis: int, index: Tensor, length: int) -> Tensor:
-    """The tokens of an axis at `index`, whose shape replaces it; beyond the end, the last one."""
+def _take(x: Tensor, axis: int, position: Tensor, classes: int, length: int) -> Tensor:
+    """The tokens of an axis at positions of all classes, `(*position.shape, classes)` of them.
+
+    Beyond either end, the first or the last one.
+    """
+    index = position.clamp(min=0)[..., None] * classes
+    index = index + torch.arange(classes, device=x.device)
     index = torch.minimum(index, torch.full_like(index, length - 1))
     return x.index_select(axis, index.flatten()).unflatten(axis, index.shape)

@@ -41,6 +41,9 @@ class Axis:
         halo: keys per tile, counting positions before the first and after the last of a class.
         patterns: the distinct patterns: for each query of a tile the halo positions that it sees.
         which: `(classes, tiles)` index into `patterns`.
+        lead: queries of the first tile that lie before the axis; -s if instead the first s
+            positions of a class come last, at the end of the last tile.
+        border: positions that keys have beyond either end of a class.
     """
 
     length: int
@@ -51,6 +54,8 @@ class Axis:
     halo: int
     patterns: tuple[tuple[tuple[int, int], ...], ...]
     which: tuple[tuple[int, ...], ...]
+    lead: int = 0
+    border: int = 0
 
     @property
     def queries(self) -> int:
@@ -62,20 +67,44 @@ class Axis:
         """Positions of a grid of keys: whole halos."""
         return (self.tiles - 1) * self.tile + self.halo
 
+    @property
+    def is_grid(self) -> bool:
+        """Whether the axis is a grid of queries as it is."""
+        return self.classes == 1 and self.queries == self.length and not self.lead
+
+    @property
+    def is_key_grid(self) -> bool:
+        """Whether the keys of the axis are a grid of keys as they are."""
+        length = self.length + 2 * self.border
+        before = self.before - self.border
+        return self.classes == 1 and self.keys == length and not self.lead and not before
+
     def seen(self, query: int) -> range:
-        """The keys that a query of the first class sees."""
+        """The keys that a query of the first class sees, where there is no lead."""
         t, row = divmod(query, self.tile)
         start, stop = self.patterns[self.which[0][t]][row]
         origin = t * self.tile - self.before
         return range(origin + start, origin + stop)
 
-    def pieces(self) -> list[tuple[int, int, int, int]]:
-        """The axis as blocks of whole steps: (first token, tokens, first position, classes)."""
+    def pieces(self, keys: bool) -> list[tuple[int, int, int, int]]:
+        """The axis as blocks of whole steps: (first token, tokens, place in the grid, classes)."""
+        place = self.lead
         whole, rest = divmod(self.length, self.classes)
-        blocks = [(0, whole * self.classes, 0, self.classes)] if whole else []
+        if keys:
+            place += self.before - self.border
+            whole += 2 * self.border
+        blocks = []
+        last = max(0, -self.lead)
+        if last:
+            blocks.append((0, last, place + self.queries, self.classes))
+        if whole > last:
+            blocks.append((last, whole - last, place + last, self.classes))
         if rest:
-            blocks.append((whole * self.classes, rest, whole, rest))
-        return blocks
+            blocks.append((whole, 1, place + whole, rest))
+        return [
+            (first * self.classes, count * classes, place, classes)
+            for first, count, place, classes in blocks
+        ]
 
 
 @dataclass(frozen=True)
@@ -92,11 +121,20 @@ class PlainAxis:
     tiles: int
     before: int
     halo: int
+    lead: int
+    border: int
     start: Tensor
     stop: Tensor
 
 
-def cut(length: int, classes: int, tile: int, ranges: Sequence[Sequence[range]]) -> Axis:
+def cut(
+    length: int,
+    classes: int,
+    tile: int,
+    ranges: Sequence[Sequence[range]],
+    lead: int = 0,
+    border: int = 0,
+) -> Axis:
     """Cut an axis into tiles of `tile` queries.
 
     Args:
@@ -104,26 +142,30 @@ def cut(length: int, classes: int, tile: int, ranges: Sequence[Sequence[range]])
         classes: number of residue classes.
         tile: queries per tile.
         ranges: for each class the keys that each of its queries sees, in positions of the class.
+        lead, border: as of `Axis`.
     """
-    tiles = -(-len(ranges[0]) // tile)
-    bounds = [
-        (key_range.start - query // tile * tile, key_range.stop - query // tile * tile)
-        for row in ranges
-        for query, key_range in enumerate(row)
-    ]
+    tiles = -(-(len(ranges[0]) + max(0, lead)) // tile)
+    rows = []  # for each class and place of its grid: the keys seen, relative to the tile
+    for row in ranges:
+        seen: list[tuple[int, int] | None] = [None] * (tiles * tile)
+        for query, keys in enumerate(row):
+            place = (query + lead) % len(seen)
+            moved = place - query - place // tile * tile
+            seen[place] = keys.start + moved, keys.stop + moved
+        rows.append(seen)
+    bounds = [pair for row in rows for pair in row if pair]
     before = -min(start for start, _ in bounds)
     halo = max(stop for _, stop in bounds) + before
     patterns: dict[tuple[tuple[int, int], ...], int] = {}
     which = []
-    for row in ranges:
-        ids = []
-        for t in range(tiles):
-            origin = t * tile - before
-            seen = [(r.start - origin, r.stop - origin) for r in row[t * tile : (t + 1) * tile]]
-            seen += [(0, 1)] * (tile - len(seen))  # no query: any finite result will do
-            ids.append(patterns.setdefault(tuple(seen), len(patterns)))
-        which.append(tuple(ids))
-    return Axis(length, classes, tile, tiles, before, halo, tuple(patterns), tuple(which))
+    for row in rows:
+        # Where there is no query, any finite result will do.
+        halos = [(pair[0] + before, pair[1] + before) if pair else (0, 1) for pair in row]
+        tiled = (tuple(halos[t * tile : (t + 1) * tile]) for t in range(tiles))
+        which.append(tuple(patterns.setdefault(seen, len(patterns)) for seen in tiled))
+    return Axis(
+        length, classes, tile, tiles, before, halo, tuple(patterns), tuple(which), lead, border
+    )
 
 
 LEAD = 2  # grids and tiles begin with (images, heads)
@@ -140,7 +182,7 @@ def map_views(
     place = LEAD + len(axes)
     outer, spatial, channels = x.stride()[:LEAD], x.stride()[LEAD:-1], x.stride(-1)
     strides = grid.stride()
-    for choice in itertools.product(*(axis.pieces() for axis in axes)):
+    for choice in itertools.product(*(axis.pieces(keys) for axis in axes)):
         shape = [*x.shape[:LEAD]]
         shape += [classes for *_, classes in choice]
         shape += [tokens // classes for _, tokens, _, classes in choice]
@@ -151,8 +193,7 @@ def map_views(
             shape, (*outer, *spatial, *steps, channels), x.storage_offset() + offset
         )
         offset = grid.storage_offset()
-        for axis, (_, _, first, _), stride in zip(axes, choice, strides[place:]):
-            offset += (first + (axis.before if keys else 0)) * stride
+        offset += sum(first * stride for (_, _, first, _), stride in zip(choice, strides[place:]))
         yield source, grid.as_strided(shape, strides, offset)
 
 
@@ -389,8 +430,9 @@ class Plan:
             for h in range(0, num_heads, heads)
         ]
         self.work = Workspace(query)
-        # Where nothing is dilated and whole tiles fit, a map is a grid of queries already.
-        self.plain = all(axis.classes == 1 and axis.queries == axis.length for axis in axes)
+        # Where nothing is dilated and whole tiles fit, a map is a grid already.
+        self.plain = all(axis.is_grid for axis in axes)
+        self.plain_keys = all(axis.is_key_grid for axis in axes)
         self.dense = all(axis.classes == 1 and axis.tiles == 1 for axis in axes)
         self._cleared: set[str] = set()
 
@@ -414,7 +456,9 @@ class Plan:
         return grid
 
     def keys_of(self, name: str, x: Tensor) -> Tensor:
-        """The map as a grid of keys."""
+        """The map as a grid of keys, a view of it where that is possible."""
+        if self.plain_keys:
+            return x[(slice(None), slice(None), *(None for _ in self.axes))]
         grid = self.grid(name, x, x.dtype, keys=True)
         for source, target in map_views(x, grid, self.axes, keys=True):
             target.copy_(source)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitarium.ops import dispatch
-from vitarium.ops.dispatch import Implementation
+from vitarium.ops import dense, dispatch
+from vitarium.ops.differentiable import Differentiable
+from vitarium.ops.dispatch import Case, Operator
 
 NAME = "attention"
 
@@ -55,7 +56,7 @@ def attention(
     """
     scale = check(NAME, query, key, value, bias, is_causal, scale)
     query, key, value = dispatch.autocast(query, key, value)
-    args = (query, key, value, bias, is_causal, scale)
+    args = (query, key, value, bias, is_causal, scale, training(query, key, value, bias))
     return dispatch.choose(NAME, backend, _IMPLEMENTATIONS, query.device, *args)(*args)
 
 
@@ -133,11 +134,6 @@ def _check_bias(name: str, bias: Any, query: Tensor, key: Tensor) -> None:
 # --- the definition ------------------------------------------------------------------------------
 
 
-def flat(x: Tensor) -> Tensor:
-    """`(B, *spatial, heads, channels)` as `(B, heads, tokens, channels)`."""
-    return x.flatten(1, -3).transpose(1, 2)
-
-
 def _reference(
     query: Tensor,
     key: Tensor,
@@ -145,9 +141,10 @@ def _reference(
     bias: Tensor | None,
     is_causal: bool,
     scale: float,
+    *_: Any,
 ) -> Tensor:
     shape = query.shape
-    query, key, value = flat(query), flat(key), flat(value)
+    query, key, value = dense.flat(query), dense.flat(key), dense.flat(value)
     group = query.shape[1] // key.shape[1]
     if group > 1:
         key, value = (tensor.repeat_interleave(group, 1) for tensor in (key, value))
@@ -163,7 +160,158 @@ def _reference(
     return (weights @ value).transpose(1, 2).reshape(*shape[:-1], value.shape[-1])
 
 
-_IMPLEMENTATIONS = {
-    "reference": Implementation(_reference),
-    "torch": Implementation(_reference),
-}
+# --- the custom operator -------------------------------------------------------------------------
+
+
+def training(*tensors: Tensor | None) -> bool:
+    """Whether a backward may follow a call with these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    training: bool,
+    fused: bool,
+) -> tuple[Tensor, Tensor]:
+    if fused:
+        from vitarium.ops.kernels import dense as kernels
+
+        return kernels.forward(query, key, value, bias, None, None, is_causal, scale)
+    return dense.forward(query, key, value, bias, None, is_causal, scale, training)
+
+
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    saved: Tensor,
+    is_causal: bool,
+    scale: float,
+    training: bool,
+    fused: bool,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    if fused:
+        from vitarium.ops.kernels import dense as kernels
+
+        *grads, _ = kernels.backward(
+            grad, query, key, value, bias, None, None, output, saved, is_causal, scale, needs[3]
+        )
+        return tuple(grads)
+    return dense.backward(
+        grad, query, key, value, bias, None, output, saved, is_causal, scale, training, needs[3]
+    )
+
+
+def _saved_shape(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    training: bool,
+    fused: bool,
+) -> tuple[int, ...]:
+    if fused:  # base-2 log-sum-exp
+        return tuple(query.shape[:-1])
+    return dense.saved_shape(query, key, value, bias, None, is_causal, training)
+
+
+def pairs(query: tuple[int, ...], key: tuple[int, ...], is_causal: bool) -> int:
+    """Pairs of query and key of one head of one image of which a score is needed."""
+    queries, keys = math.prod(query[1:-2]), math.prod(key[1:-2])
+    if not is_causal:
+        return queries * keys
+    triangle = min(queries, keys)
+    return triangle * (triangle + 1) // 2 + (queries - triangle) * keys
+
+
+def _flops(query, key, value, bias, is_causal, *_) -> int:
+    scores = query[0] * query[-2] * pairs(query, key, is_causal)
+    return 2 * scores * (query[-1] + value[-1])
+
+
+def _backward_flops(query, key, value, bias, is_causal, *_) -> int:
+    """Three products over head_dim (scores again, query, key) and two over value_dim."""
+    scores = query[0] * query[-2] * pairs(query, key, is_causal)
+    return 2 * scores * (3 * query[-1] + 2 * value[-1])
+
+
+_OPERATION = Differentiable(
+    NAME,
+    tensors="Tensor query, Tensor key, Tensor value, Tensor? bias",
+    arguments="bool is_causal, float scale, bool training",
+    forward=_forward,
+    backward=_backward,
+    output_shape=lambda query, key, value, *_: (*query.shape[:-1], value.shape[-1]),
+    saved_shape=_saved_shape,
+    flops=_flops,
+    backward_flops=_backward_flops,
+)
+
+
+def triton_refuses(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
+    """Why the kernels cannot run a call, or None."""
+    for name, size in (("head_dim", query.shape[-1]), ("value_dim", value.shape[-1])):
+        if size > 256:
+            return f"{name} {size} exceeds 256"
+    return dispatch.triton_refuses(query)
+
+
+_IMPLEMENTATIONS = _OPERATION.implementations(
+    reference=_reference, plain=_reference, refuses=triton_refuses
+)
+
+
+# --- test cases ----------------------------------------------------------------------------------
+
+
+def _case(
+    note: str,
+    spatial: tuple[int, ...],
+    spatial_kv: tuple[int, ...] | None = None,
+    *,
+    batch: int = 1,
+    heads: tuple[int, int] = (1, 1),
+    dims: tuple[int, int] = (16, 16),
+    bias: tuple[int, ...] = (),
+    **kwargs: Any,
+) -> Case:
+    """A call with (query, key) heads and (query, value) widths; `bias`: leading dimensions."""
+    spatial_kv = spatial if spatial_kv is None else spatial_kv
+    shapes: dict[str, tuple[int, ...]] = {
+        "query": (batch, *spatial, heads[0], dims[0]),
+        "key": (batch, *spatial_kv, heads[1], dims[0]),
+        "value": (batch, *spatial_kv, heads[1], dims[1]),
+    }
+    if bias:
+        shapes["bias"] = (*bias, math.prod(spatial), math.prod(spatial_kv))
+    return Case(note, shapes, kwargs)
+
+
+CASES = (
+    _case("self, bias of every head", (5, 7), batch=2, heads=(2, 2), bias=(2,)),
+    _case("cross, bias of every image", (3, 5), (21,), batch=2, heads=(2, 2), bias=(2, 2)),
+    _case("one bias for all heads, grouped heads", (19,), batch=2, heads=(4, 2), bias=(1,)),
+    _case("bias of images, not of heads", (3, 6), (5, 4), batch=2, heads=(2, 1), bias=(2, 1)),
+    _case("causal", (37,), heads=(2, 2), is_causal=True),
+    _case("causal cross, more queries than keys", (5, 5), (9,), bias=(1,), is_causal=True),
+    _case("unequal widths", (7, 7), batch=2, dims=(16, 48)),
+    _case("widths that are no powers of two", (4, 9), dims=(24, 40), bias=(1, 1), scale=-0.3),
+    _case("three dimensions", (2, 3, 4), (2, 2, 2), heads=(2, 2)),
+    _case("one token", (1, 1), bias=(1,)),
+    _case("more scores than are kept", (17, 16), (16, 16), dims=(8, 8), bias=(1,)),
+    _case("no keys", (4,), (0,), bias=(1,)),
+    _case("no images", (4, 4), batch=0, bias=(1,)),
+)
+
+OPERATOR = Operator(NAME, attention, _IMPLEMENTATIONS, CASES)

@@ -1,48 +1,94 @@
-"""The README's table of what is in the library, generated from the registry.
+"""The README's tables of what is in the library, generated from the registry.
 
-python -m vitarium.benchmarks.table README.md           writes it between its two markers
+python -m vitarium.benchmarks.table README.md           writes them between their markers
 python -m vitarium.benchmarks.table README.md --check   fails if the file differs
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vitarium import zoo
 from vitarium.benchmarks import flops
 from vitarium.ops import MIXERS, OPERATORS, Mixer
 
-START, END = "<!-- table:start -->", "<!-- table:end -->"
 _SIZES = ("nano", "mini", "tiny", "small", "base", "large")
 _SIZE = re.compile(rf"_({'|'.join(_SIZES)})(?=_|$)")
+_ARXIV, _LINK = re.compile(r"\d{4}\.\d{5}"), r"[\g<0>](https://arxiv.org/abs/\g<0>)"
 _BACKENDS = {
     "reference": "is the definition",
     "torch": "runs anywhere",
     "triton": "is fused",
     "natten": "hands the call to an installed NATTEN",
 }
-_COLUMNS = ("mixer", "backends", "models", "paper", "params, M", "GFLOPs", "published top-1, %")
+_COLUMNS = ("mixer", "models", "paper", "params, M", "GFLOPs", "published top-1, %")
 
 
-def readme_table() -> str:
-    """A Markdown table: one row per family of models, ordered by mixer."""
-    rows = [_COLUMNS, ("---",) * len(_COLUMNS)]
+MIXER_COLUMNS = ("mixer", "operator", "backends", "context", "paper")
+PATTERN_COLUMNS = ("operator", "self", "causal self", "cross", "causal cross")
+
+
+def models_table() -> str:
+    """One row per family of models, ordered by mixer."""
     # A family is one architecture: its smallest member has the mixers of all.
-    rows += sorted(
-        _row(_mixers_of(names[0]), family, names) for family, names in families().items()
+    rows = sorted(_row(_mixers_of(names[0]), family, names) for family, names in families().items())
+    return _markdown(_COLUMNS, rows) + (
+        "\n\nGFLOPs count 1 multiply-add as 1, as papers do; top-1 is on ImageNet-1K, as published."
     )
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def mixers_table() -> str:
+    """One row per mixer."""
+    rows = [
+        (f"`{name}`", f"`{operator}`", backends, context, _ARXIV.sub(_LINK, paper))
+        for name, operator, backends, context, paper in mixer_rows()
+    ]
     present = [b for b in _BACKENDS if any(b in o.implementations for o in OPERATORS.values())]
-    notes = (
-        "GFLOPs count 1 multiply-add as 1, as papers do; top-1 is on ImageNet-1K, as published.",
-        f"Backends: {', '.join(f'`{b}` {_BACKENDS[b]}' for b in present)}.",
+    return _markdown(MIXER_COLUMNS, rows) + (
+        f"\n\nBackends: {', '.join(f'`{b}` {_BACKENDS[b]}' for b in present)}.\n"
+        "Context: whether `mixer(x, context)` lets x attend to a second map, and of which size."
     )
-    return "\n".join((*lines, "", *notes))
+
+
+def mixer_rows() -> list[tuple[str, ...]]:
+    """What there is to say of every mixer, in the order of `MIXER_COLUMNS`."""
+    return [
+        (
+            name,
+            mixer.operator,
+            ", ".join(OPERATORS[mixer.operator].implementations),
+            OPERATORS[mixer.operator].context if mixer.cross else "no",
+            mixer.paper,
+        )
+        for name, mixer in sorted(MIXERS.items())
+    ]
+
+
+def patterns_table() -> str:
+    """Which of the four patterns of attention every operator computes."""
+    rows = []
+    for name, operator in sorted(OPERATORS.items()):
+        causal = "is_causal" in inspect.signature(operator.function).parameters
+        causal_cross = operator.context if causal else "no"
+        rows.append((f"`{name}`", "yes", "yes" if causal else "no", operator.context, causal_cross))
+    return _markdown(PATTERN_COLUMNS, rows) + (
+        "\n\nCross attention: keys and values come from other tokens than the queries, on a map of "
+        "equal\nsize or of any. Causal: by `is_causal`, in the order of tokens or along the axes."
+    )
+
+
+def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ("---",) * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+TABLES = {"mixers": mixers_table, "patterns": patterns_table, "models": models_table}
 
 
 def families() -> dict[str, list[str]]:
@@ -60,8 +106,6 @@ def _by_size(name: str) -> tuple[int, str]:
 
 
 def _row(mixers: str, family: str, names: list[str]) -> tuple[str, ...]:
-    operators = dict.fromkeys(MIXERS[mixer].operator for mixer in mixers.split(", "))
-    backends = dict.fromkeys(b for name in operators for b in OPERATORS[name].implementations)
     sizes = [name.removeprefix(family).strip("_") for name in names]
     papers = dict.fromkeys(paper for name in names for paper in _papers(name))
     published = [figures for name in names if (figures := zoo.published(name)) is not None]
@@ -73,7 +117,6 @@ def _row(mixers: str, family: str, names: list[str]) -> tuple[str, ...]:
         gflops = [count.macs / 1e9 for count in counts]
     return (
         mixers,
-        ", ".join(backends),
         f"`{family}_`: {', '.join(sizes)}" if any(sizes) else f"`{family}`",
         ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers),
         _range(params),
@@ -102,22 +145,30 @@ def _range(values: Iterable[float]) -> str:
 
 
 def updated(text: str) -> str:
-    """`text` with the present table between its markers.
+    """`text` with the present tables between their markers, `<!-- mixers:start -->` and so on.
 
     Raises:
-        ValueError: the markers are not there once each, in this order.
+        ValueError: it has no marker, or those of a table are not there once each, in order.
     """
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise ValueError(f"the table's place must be marked by one {START} and one {END} after it")
-    before, _, rest = text.partition(START)
-    after = rest.partition(END)[2]
-    return f"{before}{START}\n{readme_table()}\n{END}{after}"
+    present = [name for name in TABLES if f"<!-- {name}:" in text]
+    if not present:
+        known = ", ".join(f"<!-- {name}:start -->" for name in TABLES)
+        raise ValueError(f"no table is marked; known markers are {known}")
+    for name in present:
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+            raise ValueError(
+                f"a table's place must be marked by one {start} and one {end} after it"
+            )
+        before, _, rest = text.partition(start)
+        text = f"{before}{start}\n{TABLES[name]()}\n{end}{rest.partition(end)[2]}"
+    return text
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Write or check the table of a file; the return value is the process's exit status."""
-    parser = argparse.ArgumentParser(description="The README's table, from the registry.")
-    parser.add_argument("file", type=Path, help="file with the two markers")
+    parser = argparse.ArgumentParser(description="The README's tables, from the registry.")
+    parser.add_argument("file", type=Path, help="file with the markers")
     parser.add_argument("--check", action="store_true", help="change nothing; fail if it differs")
     options = parser.parse_args(arguments)
     text = options.file.read_text(encoding="utf-8")
@@ -125,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     if new == text:
         return 0
     if options.check:
-        print(f"{options.file}: the table differs from the registry", file=sys.stderr)
+        print(f"{options.file}: a table differs from the registry", file=sys.stderr)
         return 1
     options.file.write_text(new, encoding="utf-8", newline="\n")
     return 0

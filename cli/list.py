@@ -1,6 +1,8 @@
-"""`vitarium list`: the models of this package, with published figures."""
+"""`vitarium list`: the models of this package, with published figures, or its mixers."""
 
 from __future__ import annotations
+
+import fnmatch
 
 import timm
 from jsonargparse import ArgumentParser, Namespace
@@ -10,18 +12,47 @@ from rich.table import Table
 
 from vitarium import zoo
 from vitarium.benchmarks import count, flops
+from vitarium.benchmarks.table import MIXER_COLUMNS, mixer_rows
 
 
 def parser() -> ArgumentParser:
-    parser = ArgumentParser(description="List the models of this package, with published figures.")
+    parser = ArgumentParser(
+        description="List the models of this package, with published figures, or its token mixers."
+    )
     parser.add_argument(
         "pattern", metavar="PATTERN", type=str, nargs="?", default="", help="such as 'dinat_s_*'"
+    )
+    parser.add_argument(
+        "--mixers", action="store_true", help="list the token mixers instead of the models"
     )
     return parser
 
 
 def run(config: Namespace) -> None:
-    Console().print(model_list(config.pattern))
+    Console().print((mixer_list if config.mixers else model_list)(config.pattern))
+
+
+def mixer_list(pattern: str = "") -> Table:
+    """A row per token mixer whose name matches `pattern`.
+
+    Raises:
+        ValueError: none matches.
+    """
+    rows = [row for row in mixer_rows() if fnmatch.fnmatch(row[0], pattern or "*")]
+    if not rows:
+        known = ", ".join(row[0] for row in mixer_rows())
+        raise ValueError(f"pattern={pattern!r} matches none of our mixers; they are {known}")
+    table = Table(
+        caption="context: size of a second map to attend to, mixer(x, context)",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    for heading in MIXER_COLUMNS:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def model_list(pattern: str = "") -> Table:

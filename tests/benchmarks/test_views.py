@@ -8,10 +8,13 @@ import pytest
 from vitarium import zoo
 from vitarium.benchmarks import plot, record, table
 from vitarium.benchmarks.record import Machine, Record
-from vitarium.ops import MIXERS
+from vitarium.ops import MIXERS, OPERATORS
 
 README = Path(__file__).parents[2] / "README.md"
 MACHINE = Machine("cpu", "Example CPU", 4, 1, "Linux x86_64")
+
+
+START, END = "<!-- models:start -->", "<!-- models:end -->"
 
 
 def _operator(implementation: str, median: float, **changes) -> Record:
@@ -119,7 +122,7 @@ def test_models_by_published_accuracy_and_latency(tmp_path, drawn):
 
 
 def test_the_table_has_every_model_and_mixer():
-    text = table.readme_table()
+    text = table.models_table()
     rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
     families = table.families()
     assert sorted(name for names in families.values() for name in names) == zoo.list_models()
@@ -131,22 +134,36 @@ def test_the_table_has_every_model_and_mixer():
     assert "2.7 - 13.7" in text and "81.8 - 84.3" in text  # nat_mini to nat_base
 
 
+def test_the_tables_of_mixers_have_every_mixer_and_operator():
+    rows = {row[0]: row for row in table.mixer_rows()}
+    assert rows.keys() == MIXERS.keys()
+    assert rows["neighborhood"][1] == "neighborhood_attention"
+    text = table.mixers_table()
+    assert all(f"| `{name}` |" in text for name in MIXERS)
+    assert "[2204.07143](https://arxiv.org/abs/2204.07143)" in text
+    text = table.patterns_table()
+    assert all(f"| `{name}` |" in text for name in OPERATORS)
+    assert "| `neighborhood_attention` | yes | yes | same size | same size |" in text
+
+
 def test_the_table_is_written_between_its_markers_and_checked(tmp_path, capsys):
     file = tmp_path / "README.md"
-    file.write_text(f"# Title\n{table.START}\nold\n{table.END}\nafter\n")
+    file.write_text(f"# Title\n{START}\nold\n{END}\nafter\n")
     assert table.main([str(file), "--check"]) == 1
     assert "differs from the registry" in capsys.readouterr().err
     assert "old" in file.read_text()
     assert table.main([str(file)]) == 0
     text = file.read_text()
-    assert text.startswith("# Title\n") and text.endswith(f"\n{table.END}\nafter\n")
+    assert text.startswith("# Title\n") and text.endswith(f"\n{END}\nafter\n")
     assert "old" not in text and "`nat_`: mini" in text
     assert table.main([str(file), "--check"]) == 0
 
 
-@pytest.mark.parametrize("text", ["", table.START, f"{table.END}{table.START}", table.START * 2])
+@pytest.mark.parametrize("text", [START, f"{END}{START}", START * 2])
 def test_missing_markers_are_named(text):
-    with pytest.raises(ValueError, match="must be marked by one <!-- table:start -->"):
+    with pytest.raises(ValueError, match="no table is marked; known markers are <!-- mixers:start"):
+        table.updated("# Title")
+    with pytest.raises(ValueError, match="must be marked by one <!-- models:start -->"):
         table.updated(text)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from vitarium import zoo
 from vitarium.cli.main import main
-from vitarium.ops import OPERATORS
+from vitarium.ops import MIXERS, OPERATORS
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +30,18 @@ def test_list_takes_a_pattern(capsys):
     assert "dinat_s_tiny.in1k" in text and "nat_mini" not in text
     assert main(["list", "swin_*"]) == 1
     assert "pattern='swin_*' matches none of our models" in capsys.readouterr().err
+
+
+def test_list_of_mixers(capsys):
+    assert main(["list", "--mixers"]) == 0
+    text = capsys.readouterr().out
+    for name, mixer in MIXERS.items():
+        assert name in text and mixer.operator[:12] in text
+    assert main(["list", "neigh*", "--mixers"]) == 0
+    text = capsys.readouterr().out
+    assert "neighborhood" in text and "global" not in text
+    assert main(["list", "swin_*", "--mixers"]) == 1
+    assert "pattern='swin_*' matches none of our mixers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["dinat_mini", "dinat_mini.in1k"])

@@ -60,7 +60,7 @@ class Differentiable:
         self.backward = backward
         self._output_shape = output_shape
         self._saved_shape = saved_shape
-        self._count = count = len(_names(tensors))
+        self.count = count = len(_names(tensors))
         rest = f"{arguments}, bool fused"
         self._operator = torch.library.custom_op(
             f"vitarium::{name}",
@@ -128,7 +128,7 @@ class Differentiable:
         return output, like.new_empty(self._saved_shape(*args), dtype=torch.float32)
 
     def _fake_backward(self, grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        tensors, needs = args[: self._count], args[-1]
+        tensors, needs = args[: self.count], args[-1]
         return tuple(
             tensor.new_empty(tensor.shape) if need else grad.new_empty(0)
             for tensor, need in zip(tensors, needs)
@@ -143,12 +143,12 @@ class Differentiable:
         )
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[: self._count], *output)
-        ctx.arguments = inputs[self._count :]
+        ctx.save_for_backward(*inputs[: self.count], *output)
+        ctx.arguments = inputs[self.count :]
         ctx.mark_non_differentiable(output[1])
 
     def _autograd(self, ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-        needs = ctx.needs_input_grad[: self._count]
+        needs = ctx.needs_input_grad[: self.count]
         grads = self._backward_operator(
             grad, *ctx.saved_tensors, *ctx.arguments, list(map(int, needs))
         )

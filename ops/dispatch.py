@@ -12,11 +12,14 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+if TYPE_CHECKING:
+    from vitarium.ops.differentiable import Differentiable
 
 BACKENDS = ("reference", "torch", "triton", "natten")
 
@@ -75,6 +78,9 @@ class Operator:
     """An operator's public function, its implementations by backend name, and its test cases.
 
     Attributes:
+        operation: the custom operator behind the implementations, if there is one.
+        launches: calls that together reach every launch configuration of its kernels; no value of
+            a tensor may matter.
         context: which keys a query may come from elsewhere to meet (cross attention): "any size",
             or "same size" as the map of the queries.
     """
@@ -83,6 +89,8 @@ class Operator:
     function: Callable[..., Any]
     implementations: Mapping[str, Implementation]
     cases: Sequence[Case]
+    operation: Differentiable | None = None
+    launches: Sequence[Case] = ()
     context: str = "same size"
 
     def __post_init__(self) -> None:

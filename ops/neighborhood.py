@@ -145,8 +145,10 @@ def _natten_refuses(
     return None
 
 
+_ATTENTION = LocalAttention(NAME, Window)
+
 _IMPLEMENTATIONS = {
-    **LocalAttention(NAME, Window).implementations,
+    **_ATTENTION.implementations,
     "natten": Implementation(_natten, _natten_refuses),
 }
 
@@ -354,4 +356,25 @@ CASES = (
     _case("no images", (7, 7), 3, batch=0, bias=True),
 )
 
-OPERATOR = Operator(NAME, neighborhood_attention, _IMPLEMENTATIONS, CASES)
+
+def _launches() -> list[Case]:
+    """Maps of every rank, a narrow one, and with a bias the call that needs most registers."""
+    found = []
+    for dim in (32, 64, 128, 256):
+        heads, dims = (2, 2), (dim, dim)
+        for note, spatial, kernel_size, extra in (
+            ("map", (64, 64), 7, {}),
+            ("volume", (64,) * 3, 3, {"bias": True, "stride": 2, "dilation": 2}),
+            ("row", (64,), 7, {}),
+            ("narrow", (8, 8), 7, {}),
+        ):
+            note = f"{note}, head_dim {dim}"
+            found.append(
+                _case(note, spatial, kernel_size, batch=2, heads=heads, dims=dims, **extra)
+            )
+    return found
+
+
+OPERATOR = Operator(
+    NAME, neighborhood_attention, _IMPLEMENTATIONS, CASES, _ATTENTION.operation, _launches()
+)

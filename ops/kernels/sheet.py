@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from vitarium.ops.kernels import launch, neighborhood
-from vitarium.ops.kernels.tiles import HEAD_DIMS
-
-NARROW = 8  # side of a map on which square tiles are visited least
+from vitarium.ops import dispatch
+from vitarium.ops.dispatch import Case, Operator
+from vitarium.ops.kernels import launch
 
 CAPABILITIES = (80, 90, 100)
 # Bytes of shared memory one block can have (CUDA C++ Programming Guide, technical specifications).
@@ -33,45 +33,34 @@ TENSOR_CORE = {"mma": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05":
 
 
 @dataclass(frozen=True)
-class Call:
-    """A call of the operator, as far as it decides what is compiled."""
-
-    rank: int
-    head_dim: int
-    dtype: torch.dtype = torch.bfloat16
-    has_bias: bool = False
-    kernel_size: int = 7
-    stride: int = 1
-    dilation: int = 1
-    is_causal: bool = False
-    length: int = 64  # of every spatial dimension
-
-
-@dataclass(frozen=True)
 class Row:
     """One compiled kernel.
 
     Attributes:
+        operator, case: what was called; the note of the case.
         kernel: name of the kernel function.
         capability: compute capability, 80 for 8.0.
-        query_tile, key_tile: tokens of a tile along (z, y, x).
+        tiles: compile-time sizes of tiles and blocks, by name.
         registers: per thread.
         stack: bytes of local memory per thread; spilled registers live there.
         shared_memory: bytes per block.
         tensor_core: instructions that multiply matrices on tensor cores; empty if none.
+        products: whether the kernel multiplies matrices at all.
     """
 
+    operator: str
+    case: str
+    dtype: torch.dtype
     kernel: str
     capability: int
-    call: Call
-    query_tile: tuple[int, ...]
-    key_tile: tuple[int, ...]
+    tiles: dict[str, Any]
     num_warps: int
     num_stages: int
     registers: int
     stack: int
     shared_memory: int
     tensor_core: tuple[str, ...]
+    products: bool
 
     @property
     def faults(self) -> list[str]:
@@ -82,26 +71,16 @@ class Row:
         limit = SHARED_MEMORY[self.capability]
         if self.shared_memory > limit:
             found.append(f"{self.shared_memory} bytes of shared memory exceed {limit}")
-        if self.call.dtype != torch.float32 and not self.tensor_core:
+        if self.dtype != torch.float32 and self.products and not self.tensor_core:
             found.append("no tensor-core instructions")
         return found
 
-
-def calls() -> list[Call]:
-    """Calls that together reach every entry of the launch table.
-
-    Per head_dim and element size: maps of one to three dimensions, a narrow map, and with a bias
-    the call that needs most registers, in three dimensions, dilated and strided.
-    """
-    found = []
-    for head_dim, dtype in itertools.product(HEAD_DIMS, (torch.bfloat16, torch.float32)):
-        found += [
-            Call(2, head_dim, dtype),
-            Call(3, head_dim, dtype, has_bias=True, kernel_size=3, stride=2, dilation=2),
-            Call(1, head_dim, dtype),
-            Call(2, head_dim, dtype, length=NARROW),
-        ]
-    return found
+    def __str__(self) -> str:
+        tiles = " ".join(f"{name}={value}" for name, value in self.tiles.items())
+        return (
+            f"{self.operator} ({self.case}, {self.dtype}) {self.kernel} sm_{self.capability} "
+            f"{tiles}: {self.registers} registers, {self.shared_memory} bytes shared"
+        )
 
 
 class _Device:
@@ -152,53 +131,53 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
 
 
-def _meta(call: Call, heads: int) -> list[torch.Tensor]:
-    """Query, key and value of the call, as views of one projection."""
-    spatial = (call.length,) * call.rank
-    shape = (2, *spatial, 3, heads, call.head_dim)
-    return list(torch.empty(shape, dtype=call.dtype, device="meta").unbind(-3))
-
-
-def compile_call(call: Call, capability: int, *, heads: int = 2) -> list[Row]:
+def compile_case(operator: Operator, case: Case, dtype: torch.dtype, capability: int) -> list[Row]:
     """Compiles the kernels of a call, forward and backward, and reads their binaries."""
-    query, key, value = _meta(call, heads)
-    windows = ((call.kernel_size, call.stride, call.dilation, call.is_causal),) * call.rank
-    bias = None
-    if call.has_bias:
-        table = (2 * call.kernel_size - 1,) * call.rank
-        bias = torch.empty(heads, *table, device="meta")
+    tensors = {}
+    for name, shape in case.shapes.items():
+        tensor = torch.empty(shape, device="meta")
+        if name in case.values:
+            tensor = case.values[name](torch.Generator(), shape).to("meta")
+        tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    # What the operator's implementations are called with.
+    with dispatch.recording() as calls, torch.no_grad():
+        operator.function(**tensors, **case.kwargs, backend="triton")
+    operation, args = operator.operation, calls[0].args
+    count = operation.count
     with _compiling(capability) as compiled:
-        output, logsumexp = neighborhood.forward(query, key, value, bias, windows, 1.0)
-        neighborhood.backward(
-            output, query, key, value, bias, output, logsumexp, windows, 1.0, call.has_bias
-        )
+        output, saved = operation.forward(*args, True)
+        needs = tuple(isinstance(t, Tensor) and t.is_floating_point() for t in args[:count])
+        operation.backward(output, *args[:count], output, saved, *args[count:], True, needs)
     rows = []
     for arguments, options, binary in compiled:
         used = _resources(binary.asm["cubin"])
         ptx = binary.asm["ptx"]
         rows.append(
             Row(
+                operator=operator.name,
+                case=case.note,
+                dtype=dtype,
                 kernel=binary.metadata.name,
                 capability=capability,
-                call=call,
-                query_tile=arguments["QUERY_TILE"],
-                key_tile=arguments["KEY_TILE"],
+                tiles={k: v for k, v in arguments.items() if re.search("TILE|BLOCK", k)},
                 num_warps=options["num_warps"],
                 num_stages=options["num_stages"],
                 registers=used["REG"],
                 stack=used["STACK"] + used["LOCAL"],
                 shared_memory=binary.metadata.shared,
                 tensor_core=tuple(n for n, code in TENSOR_CORE.items() if re.search(code, ptx)),
+                products="tt.dot" in binary.asm["ttir"],
             )
         )
     return rows
 
 
 def sheet(
-    which: Iterable[Call] | None = None, capabilities: Sequence[int] = CAPABILITIES
-) -> list[Row]:
-    """Compiles calls, all of `calls()` if None, for each compute capability."""
-    which = calls() if which is None else list(which)
-    return [
-        row for capability in capabilities for c in which for row in compile_call(c, capability)
-    ]
+    operators: Iterable[Operator],
+    capabilities: Sequence[int] = CAPABILITIES,
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32),
+) -> Iterator[Row]:
+    """Compiles the operators' launch cases for each compute capability and data type."""
+    for operator in operators:
+        for capability, dtype, case in itertools.product(capabilities, dtypes, operator.launches):
+            yield from compile_case(operator, case, dtype, capability)

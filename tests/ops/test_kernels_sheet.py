@@ -7,7 +7,9 @@ import os
 import pytest
 import torch
 
-from vitarium.ops.kernels.tiles import HEAD_DIMS, KERNELS, tiles
+from vitarium.ops import OPERATORS, Case
+from vitarium.ops.dispatch import Operator
+from vitarium.ops.kernels.tiles import KERNELS, tiles
 
 WINDOW = (7, 1, 1, False)
 
@@ -28,34 +30,35 @@ def test_tiles_fit_matrix_products(rank: int, element_size: int, kernel: str) ->
                 assert tokens >= 16 and tokens & (tokens - 1) == 0
 
 
+CASES = [
+    pytest.param(operator, number, case, id=f"{operator.name}-{case.note}")
+    for operator in OPERATORS.values()
+    for number, case in enumerate(operator.launches)
+]
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(("operator", "number", "case"), CASES)
 def test_every_configuration_compiles_well(
-    head_dim: int, capability: int, tmp_path, monkeypatch: pytest.MonkeyPatch
+    operator: Operator, number: int, case: Case, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """No spills, shared memory within limits, tensor cores at work.
+
+    Every case for one of the targets, in turn, in either data type: all together take too long.
+    """
     pytest.importorskip("triton")
     from vitarium.ops.kernels import sheet
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    chosen = [call for call in sheet.calls() if call.head_dim == head_dim]
-    # The call that needs most registers, and the usual one in half precision, for each target;
-    # tiles of other shapes and equal size compile alike: for one of the targets.
-    turn = sheet.CAPABILITIES.index(capability) + HEAD_DIMS.index(head_dim)
-    usual = sheet.Call(2, head_dim)
-    chosen = [
-        call
-        for number, call in enumerate(chosen)
-        if call.has_bias or call == usual or (number + turn) % 3 == 0
-    ]
-    rows = sheet.sheet(chosen, [capability])
-    assert {row.kernel for row in rows} == {
-        "forward_kernel", "query_kernel", "key_value_kernel", "bias_kernel",
-    }  # fmt: skip
-    faults = [
-        f"{row.kernel} {row.call.dtype} {row.query_tile} {row.key_tile}: {fault}"
-        for row in rows
-        for fault in row.faults
-    ]
-    assert not faults, "\n".join(faults)
-    assert all(0 < row.registers <= 255 for row in rows)
+    for turn, dtype in enumerate((torch.bfloat16, torch.float32)):
+        capability = sheet.CAPABILITIES[(number + turn) % len(sheet.CAPABILITIES)]
+        rows = sheet.compile_case(operator, case, dtype, capability)
+        assert rows
+        faults = [f"{row}: {fault}" for row in rows for fault in row.faults]
+        assert not faults, "\n".join(faults)
+        assert all(0 < row.registers <= 255 for row in rows)
+
+
+def test_every_operator_with_kernels_has_launches() -> None:
+    for operator in OPERATORS.values():
+        assert bool(operator.launches) == ("triton" in operator.implementations), operator.name

@@ -193,7 +193,7 @@ class LocalAttention:
         *pattern, scale, fused = arguments
         windows = self._windows(pattern)
         if fused:
-            from vitarium.ops.kernels import neighborhood as kernels
+            from vitarium.ops.kernels import local as kernels
 
             return kernels.forward(query, key, value, bias, windows, scale)
         axes = tiles_for(tuple(query.shape[1:-2]), windows, path(query, value))
@@ -214,7 +214,7 @@ class LocalAttention:
         *pattern, scale, fused, needs = arguments
         windows = self._windows(pattern)
         if fused:
-            from vitarium.ops.kernels import neighborhood as kernels
+            from vitarium.ops.kernels import local as kernels
 
             return kernels.backward(
                 grad, query, key, value, bias, output, logsumexp, windows, scale, needs[3]

@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from vitarium.ops import neighborhood_attention  # noqa: E402
-from vitarium.ops.kernels import neighborhood as kernels  # noqa: E402
+from vitarium.ops.kernels import local as kernels  # noqa: E402
 from vitarium.ops.kernels.common import axis_inverse, axis_union  # noqa: E402
 from vitarium.ops.windows import Window, axis_pattern  # noqa: E402
 

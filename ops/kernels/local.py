@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from vitarium.ops.kernels import neighborhood_backward, neighborhood_forward
+from vitarium.ops.kernels import local_backward, local_forward
 from vitarium.ops.kernels.launch import (
     large,
     launch,
@@ -120,7 +120,7 @@ def forward(
     counts = _tile_counts(common["lengths"], common["dilation"], shapes["QUERY_TILE"])
     batch, heads = query.shape[0], query.shape[-2]
     launch(
-        neighborhood_forward.forward_kernel,
+        local_forward.forward_kernel,
         batch * heads * math.prod(common["dilation"]) * math.prod(counts),
         query.device,
         **config.options,
@@ -186,7 +186,7 @@ def backward(
     config, shapes = _config("query", query, value, windows)
     counts = _tile_counts(lengths, dilation, shapes["QUERY_TILE"])
     launch(
-        neighborhood_backward.query_kernel,
+        local_backward.query_kernel,
         batch * heads * math.prod(dilation) * math.prod(counts),
         query.device,
         **config.options,
@@ -202,7 +202,7 @@ def backward(
     config, shapes = _config("key_value", query, value, windows)
     counts = _tile_counts(lengths, dilation, shapes["KEY_TILE"])
     launch(
-        neighborhood_backward.key_value_kernel,
+        local_backward.key_value_kernel,
         batch * heads_kv * math.prod(dilation) * math.prod(counts),
         query.device,
         **config.options,
@@ -250,7 +250,7 @@ def _grad_bias(
         (parts, heads, *key_tiles, *query_tile, *key_tile), dtype=torch.float32
     )
     launch(
-        neighborhood_backward.bias_kernel,
+        local_backward.bias_kernel,
         parts * relative_tiles,
         query.device,
         **config.options,

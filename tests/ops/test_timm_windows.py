@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from vitarium.ops import Mixer
 from vitarium.ops.halo import HaloAttention
-from vitarium.ops.window_mixers import GridAttention, MultiAxisAttention, WindowAttention
+from vitarium.ops.multi_axis import MultiAxisAttention
+from vitarium.ops.window_mixers import GridAttention, WindowAttention
 
 
 def _random(module: nn.Module) -> nn.Module:

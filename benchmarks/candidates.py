@@ -104,10 +104,7 @@ def _positional(function: Function) -> Function:
 
 def why_not(setting: Setting, backend: str, device: torch.device) -> str | None:
     """Why a backend refuses a setting, or None; it is tried."""
-    tensors = {
-        name: torch.zeros(shape, dtype=DTYPES[setting.dtype], device=device)
-        for name, shape in setting.case.shapes.items()
-    }
+    tensors = draw(setting, device)
     try:
         with torch.no_grad():
             _backend(setting, backend)(**tensors)
@@ -116,39 +113,60 @@ def why_not(setting: Setting, backend: str, device: torch.device) -> str | None:
     return None
 
 
+def draw(setting: Setting, device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a setting, always the same."""
+    drawn = setting.case.draw(torch.Generator().manual_seed(0))
+    return {
+        name: tensor.to(device, DTYPES[setting.dtype] if tensor.is_floating_point() else None)
+        for name, tensor in drawn.items()
+    }
+
+
 class _Inputs:
     """The random tensors of a setting, and what the float64 reference makes of them."""
 
     def __init__(self, setting: Setting, device: torch.device) -> None:
         self.forward_only = setting.mode == "forward"
         self.backward_only = setting.mode == "backward"
-        generator = torch.Generator(device).manual_seed(0)
-        dtype = DTYPES[setting.dtype]
-
-        def draw(shape: Sequence[int]) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device).to(dtype)
-
-        shapes = setting.case.shapes
-        self.tensors = {name: draw(shape) for name, shape in shapes.items()}
-        on_meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        self.tensors = draw(setting, device)
         reference = _backend(setting, "reference")
-        self.grad = draw(reference(**on_meta).shape)
-        self.expected = self._reference(reference, by_image=setting.operator in SUITES)
+        on_meta = {name: tensor.to("meta") for name, tensor in self.tensors.items()}
+        generator = torch.Generator().manual_seed(1)
+        grad = torch.randn(reference(**on_meta).shape, generator=generator)
+        self.grad = grad.to(device, DTYPES[setting.dtype])
+        suite = SUITES.get(setting.operator)
+        shared = self.tensors.keys() if suite is None else suite.shared
+        self.expected = self._reference(reference, [n for n in shared if n in self.tensors])
         self.error_of = "output" if self.forward_only else "output and gradients"
         self.error_of += " against the float64 reference, in its largest element"
 
-    def _reference(self, reference: Function, by_image: bool) -> list[Tensor]:
-        """The definition is dense, and takes large maps image by image."""
+    def _reference(self, reference: Function, shared: Sequence[str]) -> list[Tensor]:
+        """The definition is dense, and takes large maps image by image, unless all are shared."""
         batch = self.grad.shape[0]
-        size = 1 if by_image else batch
+        size = batch if len(shared) == len(self.tensors) else 1
         results = []
         for first in range(0, batch, size):
             part = {
-                name: (t[first : first + size] if by_image else t).double()
+                name: t if name in shared else t[first : first + size]
                 for name, t in self.tensors.items()
             }
+            part = {n: t.double() if t.is_floating_point() else t for n, t in part.items()}
             results.append(self._results(reference, part, self.grad[first : first + size].double()))
-        return [torch.cat(parts) for parts in zip(*results)]
+        # A shared tensor's gradient is the sum of those of the images.
+        names = ["output", *self._differentiable(self.tensors)]
+        return [
+            sum(parts) if name in shared else torch.cat(parts)
+            for name, parts in zip(names, zip(*results))
+        ]
+
+    @staticmethod
+    def _differentiable(tensors: Mapping[str, Tensor]) -> list[str]:
+        return [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+
+    def _leaves(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """The tensors as leaves of a graph, and those of them that have gradients."""
+        leaves = {name: tensor.detach() for name, tensor in tensors.items()}
+        return leaves, [leaves[name].requires_grad_() for name in self._differentiable(tensors)]
 
     def _results(
         self, function: Function, tensors: Mapping[str, Tensor], grad: Tensor
@@ -157,9 +175,9 @@ class _Inputs:
         if self.forward_only:
             with torch.no_grad():
                 return [function(**tensors)]
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+        leaves, inputs = self._leaves(tensors)
         output = function(**leaves)
-        return [output.detach(), *torch.autograd.grad(output, list(leaves.values()), grad)]
+        return [output.detach(), *torch.autograd.grad(output, inputs, grad)]
 
     def error(self, function: Function) -> float:
         """Largest error over all results, each relative to its reference's largest element."""
@@ -172,8 +190,7 @@ class _Inputs:
     def run(self, function: Function) -> Callable[[], object]:
         """What the clock is put to: the mode of the setting, with these tensors."""
         if self.backward_only:
-            leaves = {name: t.detach().requires_grad_() for name, t in self.tensors.items()}
+            leaves, inputs = self._leaves(self.tensors)
             output = function(**leaves)
-            inputs = list(leaves.values())
             return lambda: torch.autograd.grad(output, inputs, self.grad, retain_graph=True)
         return lambda: self._results(function, self.tensors, self.grad)

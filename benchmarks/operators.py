@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitarium.benchmarks import candidates as candidates_of
 from vitarium.benchmarks import memory, record, timer
 from vitarium.benchmarks.arguments import DTYPES, device_named, known
 from vitarium.benchmarks.candidates import SUITES, Candidate, build_candidates
@@ -193,6 +194,7 @@ def _described(setting: Setting) -> dict[str, Any]:
         "dtype": setting.dtype,
         "shapes": {name: list(shape) for name, shape in setting.case.shapes.items()},
         "arguments": json.loads(json.dumps(arguments)),
+        "case": setting.case.note,
     }
 
 
@@ -223,9 +225,9 @@ def _records(
 
 def _macs(setting: Setting) -> int:
     """Multiply-adds of the operator's forward, by its own formula."""
-    tensors = {
-        name: torch.empty(shape, device="meta") for name, shape in setting.case.shapes.items()
-    }
+    tensors = candidates_of.draw(setting, torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
-        OPERATORS[setting.operator].function(**tensors, **setting.case.kwargs)
+        OPERATORS[setting.operator].function(
+            **{name: tensor.to("meta") for name, tensor in tensors.items()}, **setting.case.kwargs
+        )
     return counter.get_total_flops() // 2

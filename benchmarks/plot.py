@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ COLOURS = {
     "sdpa_global": "#9bc7ab",
     "gather": "#b4bcc6",
 }
+OTHERS = ("#e08a00", "#57a773", "#b4bcc6", "#c2410c", "#8a6d00", "#57606a")  # suites' own peers
 LABELS = {
     "torch": "vitarium (PyTorch operations)",
     "triton": "vitarium (Triton kernel)",
@@ -62,7 +64,8 @@ def plot_operators(records: Sequence[Record], path: str | os.PathLike[str]) -> N
             raise ValueError(f"records differ in {what}; a picture compares what is comparable")
     latest = {(r.setting, r.implementation): r for r in records}
     panels = list(dict.fromkeys((r.dtype, r.mode) for r in records))
-    names = [n for n in COLOURS if any(implementation == n for _, implementation in latest)]
+    found = dict.fromkeys(name for _, name in latest if name != FLOOR)
+    names = [*(n for n in COLOURS if n in found), *(n for n in found if n not in COLOURS)]
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(6.2 * columns, 1.5 + 3.0 * rows), facecolor="white")
@@ -84,11 +87,12 @@ def plot_operators(records: Sequence[Record], path: str | os.PathLike[str]) -> N
 def _operator_title(r: Record) -> tuple[str, str]:
     title = r.name.replace("_", " ").capitalize()
     batch, *_, head_dim = next(iter(r.shapes.values()))
-    kernel = r.arguments.get("kernel_size")
+    parts = [f"{batch} images", f"head_dim {head_dim}"]
+    if "kernel_size" in r.arguments:
+        parts.append(f"kernel size {r.arguments['kernel_size']}")
     return (
         f"{title} on {DEVICES[r.machine.device]}: time over the floor, lower is better",
-        f"floor: {FLOORS[r.machine.device]}. {batch} images, head_dim {head_dim}, "
-        f"kernel size {kernel}",
+        f"floor: {FLOORS[r.machine.device]}. {', '.join(parts)}",
     )
 
 
@@ -104,7 +108,9 @@ def _operator_bars(ax: Axes, records: Sequence[Record], names: Sequence[str]) ->
         ]
         ratios = [r.median / floors[r.setting] for _, r in bars]
         places = [place + (number - (len(names) - 1) / 2) * width for place, _ in bars]
-        ax.bar(places, ratios, width * 0.92, color=COLOURS[name], label=LABELS[name], zorder=3)
+        ax.bar(
+            places, ratios, width * 0.92, color=_colour(name, names), label=_label(name), zorder=3
+        )
         for place, ratio in zip(places, ratios):
             text = f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
             ax.annotate(
@@ -127,6 +133,8 @@ def _operator_bars(ax: Axes, records: Sequence[Record], names: Sequence[str]) ->
 
 
 def _tick(r: Record) -> str:
+    if r.case is not None:
+        return textwrap.fill(r.case, 13)
     _, *spatial, heads, _ = next(iter(r.shapes.values()))
     size = "x".join(map(str, spatial))
     return f"{size}\n{heads} heads\ndilation {r.arguments.get('dilation', 1)}"
@@ -238,7 +246,16 @@ def _frame(
 def _legend_handles(names: Sequence[str]) -> list[Any]:
     from matplotlib.patches import Patch
 
-    return [Patch(color=COLOURS[name], label=LABELS[name]) for name in names]
+    return [Patch(color=_colour(name, names), label=_label(name)) for name in names]
+
+
+def _colour(name: str, names: Sequence[str]) -> str:
+    others = [n for n in names if n not in COLOURS]
+    return COLOURS.get(name) or OTHERS[others.index(name) % len(OTHERS)]
+
+
+def _label(name: str) -> str:
+    return LABELS.get(name, name.replace("_", " "))
 
 
 def _where(records: Sequence[Record]) -> str:

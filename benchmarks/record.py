@@ -64,13 +64,16 @@ class Record:
     """One measurement.
 
     Attributes:
-        kind: "operator" or "model".
-        name: the operator's or the model's name.
-        implementation: backend, peer or "floor" of an operator; "eager" or "compiled" model.
+        kind: "operator", "mixer" or "model".
+        name: the operator's, the mixer's or the model's name.
+        implementation: backend, peer or "floor" of an operator; "vitarium" or a peer of a mixer;
+            "eager" or "compiled" model.
         mode: "forward", "backward" or "training" (forward and backward).
         dtype: data type of the tensors, such as "bfloat16".
         shapes: shape of every input tensor.
         arguments: everything else that the call was given.
+        case: an operator's setting in words; it also tells settings apart that differ in what is
+            in their tensors. None in records older than the field.
         clock: which clock `median`, `p10` and `p90` are of; a key of `CLOCKS`.
         samples: seconds per call by clock, every sample, in the order taken.
         median, p10, p90: of `samples[clock]`.
@@ -90,7 +93,7 @@ class Record:
             and none changes its meaning, so that old records stay readable.
     """
 
-    kind: Literal["operator", "model"]
+    kind: Literal["operator", "mixer", "model"]
     name: str
     implementation: str
     mode: Literal["forward", "backward", "training"]
@@ -114,12 +117,13 @@ class Record:
     error_of: str | None = None
     parts: dict[str, float] = field(default_factory=dict)
     commit: str | None = None
+    case: str | None = None
     schema: int = SCHEMA
 
     @property
     def setting(self) -> tuple[str, ...]:
         """What was measured, but not by which implementation: equal settings are comparable."""
-        what = (self.shapes, self.arguments)
+        what = (self.shapes, self.arguments, self.case)
         return (self.kind, self.name, self.mode, self.dtype, json.dumps(what, sort_keys=True))
 
 

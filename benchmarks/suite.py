@@ -33,7 +33,8 @@ class Suite:
     """Standard settings, peers and floor of an operator.
 
     Attributes:
-        cases: by batch size; the first dimension of every tensor counts the images.
+        cases: by batch size; the first dimension of a tensor counts the images.
+        shared: tensors that all images have in common, such as a bias.
         peers: by name.
         floor: from a case, a mode of `MODES`, a data type and a device: a call that takes at
             least as long as any implementation must.
@@ -42,6 +43,7 @@ class Suite:
     cases: Callable[[int], Sequence[Case]]
     peers: Mapping[str, Peer] = field(default_factory=dict)
     floor: Callable[[Case, str, torch.dtype, torch.device], Callable[[], object]] | None = None
+    shared: Sequence[str] = ("bias",)
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,6 @@ class LongShortDistanceAttention(WindowAttention, name="long_short_distance"):
         for argument, flag in (("lsda_flag", lsda_flag), ("pad_type", pad_type)):
             if flag not in (0, 1):
                 raise ValueError(f"{owner}: {argument}={flag!r}; allowed are 0 and 1")
-        if position_bias and dim < 16:
-            raise ValueError(f"{owner}: position_bias needs dim >= 16, got dim={dim}")
         factory = {"device": device, "dtype": dtype}
         super().__init__(
             dim,
@@ -137,6 +135,8 @@ class LongShortDistanceAttention(WindowAttention, name="long_short_distance"):
             proj_drop=proj_drop,
             **factory,
         )
+        if position_bias and dim < 16:
+            raise ValueError(f"{owner}: position_bias needs dim >= 16, got dim={dim}")
         self.square = isinstance(group_size, int)
         (self.interval,) = dispatch.per_dimension(owner, "interval", interval, 1)
         self.lsda_flag = lsda_flag

@@ -7,7 +7,7 @@ import torch
 
 from vitarium.ops import backend, build_mixer
 
-GOLDENS = sorted((Path(__file__).parents[1] / "data" / "parity" / "ops").glob("*.json.xz"))
+GOLDENS = sorted((Path(__file__).parents[1] / "data" / "parity" / "ops").glob("na2d_*.json.xz"))
 
 # By the golden's "op": our mixer. Its arguments and parameters have the official names.
 MIXER_OF_OP = {"NeighborhoodAttention2D": "neighborhood"}

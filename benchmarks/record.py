@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import torch
 
-SCHEMA = 1
+SCHEMA = 2
 CLOCKS = {
     "wall": "wall time",
     "cpu": "process CPU time",

@@ -89,7 +89,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch, mode):
 
     peers = {"wrong": Peer(wrong, ("cpu",)), "broken": Peer(broken, ("cpu",))}
     monkeypatch.setitem(SUITES, NAME, Suite(lambda batch: [SMALL], peers))
-    outcome = bench_operators(modes=[mode], **QUICK)
+    outcome = bench_operators([NAME], modes=[mode], **QUICK)
     assert {r.implementation for r in outcome.records} == {"torch"}
     text = "\n".join(outcome.refused)
     assert f"{NAME} small float32 {mode}: wrong: wrong result: error" in text
@@ -131,16 +131,16 @@ def test_records_and_going_on(small_suite, tmp_path):
 
     lines = []
     both = bench_operators(
-        modes=["forward", "training"], output=output, progress=lines.append, minutes=0.0, **QUICK
+        [NAME], modes=["forward", "training"], output=output, progress=lines.append, minutes=0.0, **QUICK
     )
     assert lines == [f"{NAME} small float32 forward: recorded before"]
     assert both.records == first.records and both.remaining == 1
-    again = bench_operators(modes=["forward"], output=output, fresh=True, **QUICK)
+    again = bench_operators([NAME], modes=["forward"], output=output, fresh=True, **QUICK)
     assert len(record.read(output)) == 2 * len(again.records) == 2 * len(first.records)
 
 
 def test_the_table_sets_the_floor_beside_every_time(small_suite, capsys):
-    outcome = bench_operators(modes=["forward"], **QUICK)
+    outcome = bench_operators([NAME], modes=["forward"], **QUICK)
     print_table(outcome.records, Console(width=120))
     text = capsys.readouterr().out
     by_name = {r.implementation: r.median for r in outcome.records}
@@ -151,7 +151,7 @@ def test_the_table_sets_the_floor_beside_every_time(small_suite, capsys):
 def test_operators_without_a_suite_are_measured_on_their_test_cases(monkeypatch):
     monkeypatch.delitem(SUITES, NAME)
     note = OPERATORS[NAME].cases[0].note
-    outcome = bench_operators(modes=["training"], match=note, **QUICK)
+    outcome = bench_operators([NAME], modes=["training"], match=note, **QUICK)
     assert {r.implementation for r in outcome.records} == {"torch"} and outcome.refused == []
 
 
@@ -185,6 +185,6 @@ def test_bad_arguments(arguments, message):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda(small_suite):
-    outcome = bench_operators(device="cuda", dtypes=["bfloat16"], min_rounds=1, seconds=0.0)
+    outcome = bench_operators([NAME], device="cuda", dtypes=["bfloat16"], min_rounds=1, seconds=0.0)
     assert {r.mode for r in outcome.records} == {"forward", "backward"}
     assert {"triton", "torch", "flex", "floor"} <= {r.implementation for r in outcome.records}

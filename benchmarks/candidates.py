@@ -8,12 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitarium.benchmarks import neighborhood
+from vitarium.benchmarks import neighborhood, window
 from vitarium.benchmarks.arguments import DTYPES
 from vitarium.benchmarks.suite import Setting, Suite
 from vitarium.ops import OPERATORS
 
-SUITES: Mapping[str, Suite] = {"neighborhood_attention": neighborhood.SUITE}
+SUITES: Mapping[str, Suite] = {
+    "neighborhood_attention": neighborhood.SUITE,
+    "window_attention": window.SUITE,
+}
 FLOOR = "floor"
 
 # Largest error allowed, relative to the largest element of the reference's tensor.

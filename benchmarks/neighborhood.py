@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitarium.benchmarks.floors import attention_floor
 from vitarium.benchmarks.gather import gather_attention, neighbors
 from vitarium.benchmarks.suite import Peer, Suite
 from vitarium.ops import Case
@@ -115,65 +116,16 @@ def _flex(case: Case, device: torch.device) -> Callable[..., Tensor]:
 
 
 def floor(case: Case, mode: str, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
-    """What no implementation can beat: on the CPU the matrix products, on CUDA the memory."""
-    if device.type == "cuda":
-        return _byte_floor(case, mode, dtype, device)
-    return _product_floor(case, mode, dtype, device)
-
-
-def _product_floor(
-    case: Case, mode: str, dtype: torch.dtype, device: torch.device
-) -> Callable[[], object]:
-    """The two matrix products of the forward, the four of the backward, or all six, alone.
-
-    Exactly the multiply-adds that the definition needs, as batches of products of one window's
-    size, into outputs that are allocated before.
-    """
+    """On the CPU the matrix products, as batches of one window's size; on CUDA the memory."""
     batch, *spatial, heads, head_dim = case.shapes["query"]
     window = case.kwargs["kernel_size"] ** len(spatial)
     products, rest = divmod(batch * heads * math.prod(spatial), window)
     if rest:
         raise ValueError(f"case {case.note!r}: windows of {window} do not divide its queries")
-
-    def tokens() -> Tensor:
-        return torch.randn(products, window, head_dim, dtype=dtype, device=device)
-
-    def weights() -> Tensor:
-        return torch.randn(products, window, window, dtype=dtype, device=device)
-
-    q, k, v, grad, out = (tokens() for _ in range(5))
-    p, s = weights(), weights()
-
-    def forward() -> None:
-        torch.bmm(q, k.transpose(1, 2), out=s)
-        torch.bmm(p, v, out=out)
-
-    def backward() -> None:
-        torch.bmm(p.transpose(1, 2), grad, out=out)  # gradient of value
-        torch.bmm(grad, v.transpose(1, 2), out=s)  # of the weights
-        torch.bmm(p, k, out=out)  # of query
-        torch.bmm(p.transpose(1, 2), q, out=out)  # of key
-
-    def training() -> None:
-        forward()
-        backward()
-
-    return {"forward": forward, "backward": backward, "training": training}[mode]
-
-
-# Tensors of the size of query that must be read or written once: query, key, value and output; then
-# the same and the gradient of output read, the gradients of query, key and value written.
-_TENSORS_MOVED = {"forward": 4, "backward": 8, "training": 12}
-
-
-def _byte_floor(
-    case: Case, mode: str, dtype: torch.dtype, device: torch.device
-) -> Callable[[], object]:
-    """A copy that reads and writes as many bytes as the operator must read and write."""
-    elements = _TENSORS_MOVED[mode] * math.prod(case.shapes["query"]) // 2  # half is read
-    source = torch.zeros(elements, dtype=dtype, device=device)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
+    moved = [math.prod(case.shapes[name]) for name in ("query", "key", "value")]
+    return attention_floor(
+        products, window, window, head_dim, head_dim, mode, dtype, device, elements=moved
+    )
 
 
 PEERS: Mapping[str, Peer] = {

@@ -56,6 +56,22 @@ def test_neighbors_of_a_corner_lie_inside():
     assert sorted(index[0].tolist()) == [0, 1, 2, 6, 7, 8, 12, 13, 14]
 
 
+SMALL_SETTINGS = [
+    pytest.param(name, case, id=f"{name} {case.note}")
+    for name, suite in SUITES.items()
+    for case in sorted(suite.cases(2), key=lambda case: math.prod(case.shapes["query"]))[:3]
+]
+
+
+@pytest.mark.parametrize(("name", "case"), SMALL_SETTINGS)
+def test_peers_compute_the_operator(name, case):
+    candidates, refused = build_candidates(Setting(name, case, "float32", "training"), CPU, None)
+    assert refused == {}
+    assert {"torch", "floor"} < candidates.keys()
+    assert {peer for peer, p in SUITES[name].peers.items() if "cpu" in p.devices} <= set(candidates)
+    assert len({case.note for case in SUITES[name].cases(1)}) == len(SUITES[name].cases(1))
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_candidate_is_checked_against_the_definition(small_suite, mode, dtype):

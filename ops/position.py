@@ -1,0 +1,89 @@
+"""Position bias from coordinates: log-spaced distances, and what a small network makes of them.
+
+Liu et al., "Swin Transformer V2" (arXiv 2111.09883, section 3.3); for queries and pooled keys of
+maps of any size: Shi, "TransNeXt" (2311.17132, section 3.3). A network that takes distances in
+place of a table of them has an answer for maps that it was not trained on.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Size = tuple[int, int]
+
+
+def _axis(queries: int, keys: int, extent: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Index `(queries, keys)` of every pair's distance, and the log-spaced distances, float32."""
+    key = torch.arange(keys, device=device)
+    start, stop = key * queries // keys, -(-(key + 1) * queries // keys)
+    # The centre of the queries that a key stands for lies on one of them or halfway to the next.
+    # In halves of a step:
+    distance = 2 * torch.arange(queries, device=device)[:, None] - (start + stop - 1)
+    reach = 2 * queries - 1 - -(-queries // keys)
+    if not isinstance(queries, int):  # symbolic
+        found = torch.arange(-reach, reach + 1, device=device)
+    elif queries % keys == 0:
+        found = torch.arange(-reach, reach + 1, 2, device=device)
+    else:
+        centres = [j * queries // keys - -(j + 1) * queries // keys - 1 for j in range(keys)]
+        met = {2 * query - centre for query in range(queries) for centre in centres}
+        found = torch.tensor(sorted(met), device=device)
+    relative = found.float() / 2 / max(extent - 1, 1) * 8
+    spaced = torch.sign(relative) * torch.log2(relative.abs() + 1) / math.log2(8)
+    return torch.searchsorted(found, distance), spaced
+
+
+def relative_coordinates(
+    query_size: Size,
+    key_size: Size,
+    pretrain_size: Size | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-spaced distances from the tokens of a map to those of the same map, pooled.
+
+    A key lies at the mean position of the queries that adaptive average pooling makes it of. A
+    distance is counted in extents of the map, times 8, and becomes sign(x) log2(|x| + 1) / 3.
+
+    Args:
+        query_size: (H, W) of the map.
+        key_size: of the pooled map; the same if it is not pooled.
+        pretrain_size: of the map whose extent is the unit; `query_size` if None.
+        device: of the results.
+
+    Returns:
+        Index `(N, M)`, int64, of every pair of query and key (raster order) into the table
+        `(T, 2)`, float32, of all distances (vertical, horizontal) that occur, in ascending order.
+    """
+    device = torch.device("cpu" if device is None else device)
+    extents = query_size if pretrain_size is None else pretrain_size
+    (down, rows), (right, columns) = (
+        _axis(queries, keys, extent, device)
+        for queries, keys, extent in zip(query_size, key_size, extents)
+    )
+    table = torch.cartesian_prod(rows, columns)
+    index = down[:, None, :, None] * columns.shape[0] + right[None, :, None, :]
+    return index.flatten(2).flatten(0, 1), table
+
+
+def continuous_position_bias(
+    fc1: nn.Linear,
+    fc2: nn.Linear,
+    query_size: Size,
+    key_size: Size,
+    pretrain_size: Size | None = None,
+) -> Tensor:
+    """Bias `(num_heads, N, M)` that two layers make of `relative_coordinates`.
+
+    Args:
+        fc1: from the 2 coordinates to the hidden units, a ReLU after it.
+        fc2: from them to num_heads.
+        query_size, key_size, pretrain_size: as in `relative_coordinates`.
+    """
+    index, table = relative_coordinates(query_size, key_size, pretrain_size, fc1.weight.device)
+    entries = fc2(F.relu(fc1(table.to(fc1.weight.dtype))))
+    # A look-up whose derivative is a sum over rows, unlike that of indexing.
+    return F.embedding(index, entries).permute(2, 0, 1)

@@ -14,14 +14,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vitarium.ops.tiles import CPU_CHUNK, DEVICE_CHUNK, Workspace
+from vitarium.ops.tiles import Workspace
 
-WEIGHTS_KEPT = 1 << 16  # scores of one head up to which training keeps the weights
+# Training keeps weights of short sequences, by scores of one head, and of small batches.
+WEIGHTS_KEPT = 1 << 16
+WEIGHTS_KEPT_BYTES = 1 << 24
+# Scores of a chunk, in half precision and in float32: these should stay near the second-level
+# cache, while every product in half precision first rearranges its operands. Devices want few
+# large launches.
+CPU_SCORES = (1 << 20, 5 << 16)
+DEVICE_SCORES = 1 << 26
 ROWS = 32  # queries of a chunk, at least: thinner products are slow
 GATHERING_PAYS = 1 << 14  # scores of one head from which it pays to gather active queries
 
@@ -56,18 +62,21 @@ def way(
 
     "kept" is "products" that returns the weights for the backward.
     """
-    if query.numel() * value.shape[-1] * tokens(key) == 0:
-        return "nothing"
     gathers = _gathers(query, key, active)
-    if training and not gathers and tokens(query) * tokens(key) <= WEIGHTS_KEPT:
-        return "kept"
-    serves = (
-        query.device.type == "cpu"
-        and query.dtype == torch.float32
+    scores = tokens(query) * tokens(key)
+    if query.shape[0] * scores == 0:
+        return "nothing"
+    if (
+        query.dtype == torch.float32
         and query.shape[-1] == value.shape[-1]
+        and query.device.type == "cpu"
         and not (is_causal and (bias is not None or gathers))
-    )
-    return "flash" if serves else "products"
+    ):
+        return "flash"
+    total = query.shape[0] * query.shape[-2] * scores * query.element_size()
+    if training and not gathers and (scores <= WEIGHTS_KEPT or total <= WEIGHTS_KEPT_BYTES):
+        return "kept"
+    return "products"
 
 
 def saved_shape(
@@ -83,22 +92,33 @@ def saved_shape(
     chosen = way(query, key, value, bias, active, is_causal, training)
     if chosen == "flash":  # natural log-sum-exp
         return query.shape[0], tokens(query), query.shape[-2]
-    if chosen == "kept":  # weights, bit for bit in the dtype of query
-        count = query.shape[0] * query.shape[-2] * tokens(query) * tokens(key)
-        return (-(-count * query.element_size() // 4),)
-    return (0,)
+    return (_kept_size(query, key) if chosen == "kept" else 0,)
+
+
+def _kept_size(query: Tensor, key: Tensor) -> int:
+    """Elements of float32 that hold the weights bit for bit, in the dtype of query."""
+    count = query.shape[0] * query.shape[-2] * tokens(query) * tokens(key)
+    return -(-count * query.element_size() // 4)
 
 
 # --- chunks --------------------------------------------------------------------------------------
 
+Band = slice | Tensor  # some queries: consecutive ones, or indices
+EVERY = slice(None)
 
-@dataclass(frozen=True)
+
 class Chunk:
-    """Some heads of some images, and bands of their queries: slices, or indices of one head."""
+    """Some heads of some images, and bands of their queries (indices: of one head of one image)."""
 
-    images: slice
-    heads: slice
-    bands: Sequence[slice | Tensor]
+    __slots__ = ("bands", "count", "heads", "images", "pair", "whole")
+
+    def __init__(self, images: slice, heads: slice, bands: Sequence[Band], whole: bool) -> None:
+        self.images = images
+        self.heads = heads
+        self.bands = bands
+        self.whole = whole  # all heads of all images: indexing costs microseconds
+        self.pair = images.stop - images.start, heads.stop - heads.start
+        self.count = self.pair[0] * self.pair[1]
 
     def of(self, x: Tensor, group: int = 1) -> Tensor:
         """View `(images, heads, tokens, channels)` of `(B, num_heads, tokens, channels)`.
@@ -106,52 +126,70 @@ class Chunk:
         With `group` query heads to a head of `x`, heads repeat (and are copied).
         """
         if group == 1:
-            return x[self.images, self.heads]
+            return x if self.whole else x[self.images, self.heads]
         return x[self.images, [head // group for head in range(self.heads.start, self.heads.stop)]]
 
     def broadcast(self, x: Tensor) -> Tensor:
         """The same of `(B or 1, num_heads or 1, tokens, channels)`."""
-        whole = slice(None)
-        images = self.images if x.shape[0] > 1 else whole
-        return x[images, self.heads if x.shape[1] > 1 else whole]
+        images = self.images if x.shape[0] > 1 else slice(None)
+        return x[images, self.heads if x.shape[1] > 1 else slice(None)]
+
+    def batch(self, work: Workspace, name: str, x: Tensor, band: Band = EVERY) -> Tensor:
+        """A band of `of(x)` as a batch `(images and heads, tokens, channels)`, contiguous."""
+        x = rows(x, band)
+        if not x.is_contiguous():
+            x = work.take(name, x.shape, x.dtype).copy_(x)
+        return x.flatten(0, 1)
+
+    def put(self, target: Tensor, band: Band, values: Tensor) -> None:
+        """Write to a band of `of(target)` what `batch` reads."""
+        values = values.view(*self.pair, *values.shape[1:])
+        if isinstance(band, slice):
+            rows(target, band).copy_(values)
+        else:
+            target.index_copy_(2, band, values)
 
 
-def rows(x: Tensor, band: slice | Tensor) -> Tensor:
+def rows(x: Tensor, band: Band) -> Tensor:
     """The band's tokens of `(images, heads, tokens, channels)`."""
+    if band is EVERY:
+        return x
     return x[:, :, band] if isinstance(band, slice) else x.index_select(2, band)
-
-
-def put_rows(target: Tensor, band: slice | Tensor, values: Tensor) -> None:
-    """Write what `rows` reads; `values` is `(images and heads, tokens, channels)`."""
-    values = values.view(*target.shape[:2], *values.shape[1:])
-    if isinstance(band, slice):
-        target[:, :, band] = values
-    else:
-        target.index_copy_(2, band, values)
 
 
 def _chunks(
     query: Tensor, key: Tensor, active: Tensor | None, *, fused: bool = False
 ) -> Iterator[Chunk]:
     """Chunks of `(B, heads, tokens, channels)`; `fused`: nothing is stored, so one band will do."""
-    batch, heads, count = query.shape[:3]
-    limit = CPU_CHUNK if query.device.type == "cpu" else DEVICE_CHUNK
-    limit = limit // 4 * (4 // query.element_size() or 1)  # scores of a chunk
-    band = count if fused else min(count, max(ROWS, limit // key.shape[2]))
+    batch, heads, count, _ = query.shape
+    keys = key.shape[2]
+    if query.device.type != "cpu":
+        limit = DEVICE_SCORES
+    else:
+        limit = CPU_SCORES[query.element_size() > 2]
+    bands = 1 if fused else max(1, min(-(-count * keys // limit), count // ROWS))
+    band = -(-count // bands)
     if active is not None:
         for image, head in ((i, h) for i in range(batch) for h in range(heads)):
             index = active[image, head].nonzero().flatten()
             if len(index):
-                chosen = slice(image, image + 1), slice(head, head + 1)
-                yield Chunk(*chosen, index.split(band))
+                one = slice(image, image + 1), slice(head, head + 1)
+                yield Chunk(*one, index.split(band), batch * heads == 1)
         return
-    bands = [slice(first, min(first + band, count)) for first in range(0, count, band)]
-    some = min(heads, max(1, limit // (count * key.shape[2])))
-    images = max(1, limit // (count * key.shape[2] * heads)) if some == heads else 1
+    if band == count:
+        slices = [EVERY]
+    else:
+        slices = [slice(first, min(first + band, count)) for first in range(0, count, band)]
+    some = min(heads, max(1, limit // (count * keys)))
+    images = max(1, limit // (count * keys * heads)) if some == heads else 1
     for image in range(0, batch, images):
         for head in range(0, heads, some):
-            chosen = slice(image, min(image + images, batch)), slice(head, min(head + some, heads))
-            yield Chunk(*chosen, bands)
+            yield Chunk(
+                slice(image, min(image + images, batch)),
+                slice(head, min(head + some, heads)),
+                slices,
+                images >= batch and some == heads,
+            )
 
 
 # --- weights -------------------------------------------------------------------------------------
@@ -175,22 +213,21 @@ class Scores:
         if like.device.type != "cpu" or bool(hidden.any()):
             self.hidden = hidden  # queries that see no key
 
-    def weights(
-        self, chunk: Chunk, band: slice | Tensor, q: Tensor, k: Tensor, out: Tensor
-    ) -> Tensor:
+    def weights(self, chunk: Chunk, band: Band, q: Tensor, k: Tensor, out: Tensor) -> Tensor:
         """Softmax of a band's scores into `out`, `(images and heads, queries, keys)`."""
-        split = (chunk.images.stop - chunk.images.start, -1, *out.shape[1:])
+        split = (*chunk.pair, *out.shape[1:])
         if self.bias is None:
             torch.baddbmm(out, q, k.mT, beta=0, alpha=self.scale, out=out)
         else:
             out.view(split).copy_(rows(chunk.broadcast(self.bias), band))
             torch.baddbmm(out, q, k.mT, alpha=self.scale, out=out)
         if self.is_causal:
-            device, last = out.device, out.shape[-1]
-            key = torch.arange(last, device=device)
+            key = torch.arange(out.shape[-1], device=out.device)
+            query = band
             if isinstance(band, slice):
-                band = torch.arange(band.start, band.stop, device=device)
-            out.masked_fill_(key > band[:, None], -math.inf)
+                start = band.start or 0
+                query = torch.arange(start, start + out.shape[1], device=out.device)
+            out.masked_fill_(key > query[:, None], -math.inf)
         torch._softmax(out, -1, False, out=out)
         if self.hidden is not None:
             out.view(split).masked_fill_(rows(chunk.broadcast(self.hidden), band), 0)
@@ -223,29 +260,32 @@ def forward(
         active: None or bool `(B, *spatial, num_heads)`; where false, the output is 0.
         training: whether a backward may follow.
     """
-    call = (query, key, value, bias, active, is_causal, training)
-    chosen = way(*call)
-    output = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    saved = query.new_empty(saved_shape(*call), dtype=torch.float32)
+    chosen = way(query, key, value, bias, active, is_causal, training)
+    shape = (*query.shape[:-1], value.shape[-1])
     if chosen == "nothing":
-        return output.zero_(), saved
-    hide = active
+        return query.new_zeros(shape), query.new_empty(0, dtype=torch.float32)
     if _gathers(query, key, active):
-        active = active.flatten(1, -2).transpose(1, 2)
-        output.zero_()
-        hide = None
+        listed, active = active.flatten(1, -2).transpose(1, 2), None
     else:
-        active = None
-    query, key, value, result = (flat(tensor) for tensor in (query, key, value, output))
+        listed = None
+    operands = flat(query), flat(key), flat(value)
     if chosen == "flash":
-        _forward_flash(query, key, value, bias, active, result, saved, is_causal, scale)
+        output, saved = _forward_flash(operands, bias, listed, is_causal, scale)
+        output = output.view(shape)
     else:
+        output = query.new_empty(shape) if listed is None else query.new_zeros(shape)
+        saved = query.new_empty(
+            _kept_size(query, key) if chosen == "kept" else 0, dtype=torch.float32
+        )
+        kept = _kept_weights(saved, *operands[:2]) if chosen == "kept" else None
         scores = Scores(bias, is_causal, scale, query)
-        kept = _kept_weights(saved, query, key) if chosen == "kept" else None
-        _forward_products(scores, query, key, value, active, result, kept)
-    if hide is not None:
-        output.masked_fill_(~hide[..., None], 0)
+        _forward_products(scores, operands, listed, flat(output), kept)
+    if active is not None:
+        output.masked_fill_(~active[..., None], 0)
     return output, saved
+
+
+Operands = tuple[Tensor, Tensor, Tensor]
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -253,70 +293,71 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def _flash_operands(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
+    operands: Operands, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The fused attention takes any strides for all dimensions but the last, and a 4-D bias."""
+    query, key, value = map(_unit_stride, operands)
     group = query.shape[1] // key.shape[1]
     if group > 1:
         key, value = (tensor.repeat_interleave(group, 1) for tensor in (key, value))
     if bias is not None:
         bias = _unit_stride(bias.to(query.dtype))
         bias = bias if bias.dim() == 4 else bias[None]
-    return _unit_stride(query), _unit_stride(key), _unit_stride(value), bias
+    return query, key, value, bias
 
 
 def _forward_flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    active: Tensor | None,
-    result: Tensor,
-    saved: Tensor,
-    is_causal: bool,
-    scale: float,
-) -> None:
-    query, key, value, bias = _flash_operands(query, key, value, bias)
-    logsumexp = saved.transpose(1, 2)[..., None]
+    operands: Operands, bias: Tensor | None, active: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output `(B, tokens, heads, channels)` and log-sum-exp `(B, tokens, heads)`."""
+    query, key, value, bias = _flash_operands(operands, bias)
     if active is None:
-        found, total = _flash(query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale)
-        result.copy_(found)
-        logsumexp.copy_(total[..., None])
-        return
-    saved.zero_()
+        found = _flash(query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale)
+        output, logsumexp = (tensor.transpose(1, 2).contiguous() for tensor in found)
+        return output, logsumexp
+    batch, heads, count, channels = query.shape
+    output = query.new_zeros((batch, count, heads, channels))
+    saved = query.new_zeros((batch, count, heads))
+    result, logsumexp = output.transpose(1, 2), saved.transpose(1, 2)[..., None]
     for chunk in _chunks(query, key, active, fused=True):
         (band,) = chunk.bands
         mask = None if bias is None else rows(chunk.broadcast(bias), band)
         found, total = _flash(
             rows(chunk.of(query), band), chunk.of(key), chunk.of(value), attn_mask=mask, scale=scale
         )
-        put_rows(chunk.of(result), band, found[0])
-        put_rows(chunk.of(logsumexp), band, total[0][..., None])
+        chunk.put(chunk.of(result), band, found[0])
+        chunk.put(chunk.of(logsumexp), band, total[0][..., None])
+    return output, saved
 
 
 def _forward_products(
     scores: Scores,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    operands: Operands,
     active: Tensor | None,
     result: Tensor,
     kept: Tensor | None,
 ) -> None:
-    work = Workspace(query)
+    query, key, value = operands
+    work, dtype = Workspace(query), query.dtype
     group = query.shape[1] // key.shape[1]
     for chunk in _chunks(query, key, active):
         part, target = chunk.of(query), chunk.of(result)
-        k, v = (chunk.of(tensor, group).flatten(0, 1) for tensor in (key, value))
+        k = chunk.batch(work, "key", chunk.of(key, group))
+        v = chunk.batch(work, "value", chunk.of(value, group))
         for band in chunk.bands:
-            q = rows(part, band).flatten(0, 1)
+            q = chunk.batch(work, "query", part, band)
             shape = (*q.shape[:2], k.shape[1])
-            out = (
-                work.take("scores", shape, q.dtype) if kept is None else chunk.of(kept).view(shape)
-            )
+            if kept is None:
+                out = work.take("scores", shape, dtype)
+            else:
+                out = rows(chunk.of(kept), band).view(shape)
             weights = scores.weights(chunk, band, q, k, out)
-            out = work.take("output", (*q.shape[:2], v.shape[-1]), q.dtype)
-            put_rows(target, band, torch.bmm(weights, v, out=out))
+            shape = (*q.shape[:2], v.shape[2])
+            if len(chunk.bands) == 1 and active is None and target.is_contiguous():
+                torch.bmm(weights, v, out=target.view(shape))
+            else:
+                out = work.take("output", shape, dtype)
+                chunk.put(target, band, torch.bmm(weights, v, out=out))
     work.close()
 
 
@@ -358,18 +399,20 @@ def backward(
         shape = bias.shape if bias.dim() == 4 else (1, *bias.shape)
         grad_bias = bias.new_zeros(shape, dtype=torch.promote_types(bias.dtype, torch.float32))
     if chosen != "nothing":
+        listed = None
         if gathers:
-            active = active.flatten(1, -2).transpose(1, 2)
+            listed = active.flatten(1, -2).transpose(1, 2)
         elif active is not None:
-            grad, active = grad.masked_fill(~active[..., None], 0), None
-        operands = tuple(map(flat, (query, key, value, grad)))
-        results = tuple(map(flat, grads))
+            grad = grad.masked_fill(~active[..., None], 0)
+        operands, results = tuple(map(flat, (query, key, value))), tuple(map(flat, grads))
         if chosen == "flash" and not bias_needs_grad:
-            _backward_flash(operands, bias, active, flat(output), saved, results, is_causal, scale)
+            _backward_flash(
+                flat(grad), operands, bias, listed, flat(output), saved, results, is_causal, scale
+            )
         else:
             scores = Scores(bias, is_causal, scale, query)
             kept = _kept_weights(saved, *operands[:2]) if chosen == "kept" else None
-            _backward_products(scores, operands, active, kept, results, grad_bias)
+            _backward_products(scores, flat(grad), operands, listed, kept, results, grad_bias)
     if group > 1:
         grad_key = grad_key.unflatten(-2, (-1, group)).sum(-2)
         grad_value = grad_value.unflatten(-2, (-1, group)).sum(-2)
@@ -378,22 +421,18 @@ def backward(
     return grad_query, grad_key, grad_value, grad_bias
 
 
-Four = tuple[Tensor, Tensor, Tensor, Tensor]
-Three = tuple[Tensor, Tensor, Tensor]
-
-
 def _backward_flash(
-    operands: Four,
+    grad: Tensor,
+    operands: Operands,
     bias: Tensor | None,
     active: Tensor | None,
     output: Tensor,
     saved: Tensor,
-    results: Three,
+    results: Operands,
     is_causal: bool,
     scale: float,
 ) -> None:
-    query, key, value, grad = operands
-    query, key, value, bias = _flash_operands(query, key, value, bias)
+    query, key, value, bias = _flash_operands(operands, bias)
     grad = _unit_stride(grad)
     logsumexp = saved.transpose(1, 2)
     if active is None:
@@ -408,33 +447,34 @@ def _backward_flash(
         found = _flash_backward(
             *(rows(chunk.of(tensor), band) for tensor in (grad, query)),
             *(chunk.of(tensor) for tensor in (key, value)),
-            rows(chunk.of(output), band),
-            rows(chunk.of(logsumexp), band),
+            *(rows(chunk.of(tensor), band) for tensor in (output, logsumexp)),
             0.0,
             False,
             attn_mask=None if bias is None else rows(chunk.broadcast(bias), band),
             scale=scale,
         )
-        put_rows(chunk.of(results[0]), band, found[0][0])
+        chunk.put(chunk.of(results[0]), band, found[0][0])
         for target, part in zip(results[1:], found[1:]):
             chunk.of(target).copy_(part)
 
 
 def _backward_products(
     scores: Scores,
-    operands: Four,
+    grad: Tensor,
+    operands: Operands,
     active: Tensor | None,
     kept: Tensor | None,
-    results: Three,
+    results: Operands,
     grad_bias: Tensor | None,
 ) -> None:
-    """Sums over queries are kept in float32 at least."""
-    query, key, value, grad = operands
+    """Sums over several bands are kept in float32 at least."""
+    query, key, value = operands
     work, dtype = Workspace(query), query.dtype
     group = query.shape[1] // key.shape[1]
-    wide = dtype
 
-    def accumulate(name: str, a: Tensor, b: Tensor, alpha: float, first: bool) -> Tensor:
+    def accumulate(
+        name: str, a: Tensor, b: Tensor, alpha: float, first: bool, wide: torch.dtype
+    ) -> Tensor:
         """Add the product to the chunk's sum of that name."""
         shape = (a.shape[0], a.shape[1], b.shape[2])
         total = work.take(name, shape, wide)
@@ -446,44 +486,43 @@ def _backward_products(
         return total.copy_(part) if first else total.add_(part)
 
     for chunk in _chunks(query, key, active):
-        k, v = (chunk.of(tensor, group).flatten(0, 1) for tensor in (key, value))
-        if len(chunk.bands) > 1:
-            wide = torch.promote_types(dtype, torch.float32)
+        k = chunk.batch(work, "key", chunk.of(key, group))
+        v = chunk.batch(work, "value", chunk.of(value, group))
+        query_part, grad_part = chunk.of(query), chunk.of(grad)
+        wide = torch.promote_types(dtype, torch.float32) if len(chunk.bands) > 1 else dtype
         for band in chunk.bands:
-            q, g = (rows(chunk.of(tensor), band).flatten(0, 1) for tensor in (query, grad))
+            q = chunk.batch(work, "query", query_part, band)
+            g = chunk.batch(work, "grad", grad_part, band)
             shape = (*q.shape[:2], k.shape[1])
             if kept is None:
                 out = work.take("scores", shape, dtype)
                 weights = scores.weights(chunk, band, q, k, out)
             else:
-                weights = chunk.of(kept).view(shape)
+                weights = rows(chunk.of(kept), band).view(shape)
             first = band is chunk.bands[0]
-            value_total = accumulate("value", weights.mT, g, 1.0, first)
+            value_total = accumulate("value total", weights.mT, g, 1.0, first, wide)
+            out = work.take("grad weights", shape, dtype)
             grad_scores = torch._softmax_backward_data(
-                torch.bmm(g, v.mT, out=work.take("grad weights", shape, dtype)),
-                weights,
-                -1,
-                dtype,
-                grad_input=work.take("grad scores", shape, dtype),
+                torch.bmm(g, v.mT, out=out), weights, -1, dtype, grad_input=out
             )
             if grad_bias is not None:
-                _add_bias(chunk.broadcast(grad_bias), band, grad_scores, chunk)
-            key_total = accumulate("key", grad_scores.mT, q, scores.scale, first)
-            out = work.take("query", q.shape, dtype)
+                _add_bias(chunk, chunk.broadcast(grad_bias), band, grad_scores)
+            key_total = accumulate("key total", grad_scores.mT, q, scores.scale, first, wide)
+            out = work.take("output", q.shape, dtype)
             torch.baddbmm(out, grad_scores, k, beta=0, alpha=scores.scale, out=out)
-            put_rows(chunk.of(results[0]), band, out)
+            chunk.put(chunk.of(results[0]), band, out)
         for target, total in ((results[1], key_total), (results[2], value_total)):
-            put_rows(chunk.of(target), slice(None), total)
+            chunk.put(chunk.of(target), EVERY, total)
     work.close()
 
 
-def _add_bias(total: Tensor, band: slice | Tensor, grad: Tensor, chunk: Chunk) -> None:
+def _add_bias(chunk: Chunk, total: Tensor, band: Band, grad: Tensor) -> None:
     """Add the gradient of scores to that of the bias, summed where the bias is broadcast."""
-    grad = grad.view(chunk.images.stop - chunk.images.start, -1, *grad.shape[1:])
+    grad = grad.view(*chunk.pair, *grad.shape[1:])
     for dim in (0, 1):
         if total.shape[dim] < grad.shape[dim]:
             grad = grad.sum(dim, keepdim=True, dtype=total.dtype)
     if isinstance(band, slice):
-        total[:, :, band].add_(grad)
+        rows(total, band).add_(grad)
     else:
         total.index_add_(2, band, grad.to(total.dtype))

@@ -146,6 +146,7 @@ class Differentiable:
         ctx.save_for_backward(*inputs[: self.count], *output)
         ctx.arguments = inputs[self.count :]
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # no zeros as large as what is saved
 
     def _autograd(self, ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad[: self.count]

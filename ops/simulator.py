@@ -10,11 +10,11 @@ per head of one image.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vitarium.ops import dispatch
-from vitarium.ops.kernels.tiles import tiles
+from vitarium.ops.kernels.tiles import shapes, tiles
 from vitarium.ops.windows import Window, pairs_seen, walk
 
 
@@ -111,8 +111,8 @@ def rank_tiles(
     rank = len(spatial)
     found = [
         simulate(spatial, kernel_size, query_tile=query, key_tile=key, **pattern)
-        for query in _shapes(queries, rank)
-        for key in _shapes(keys, rank)
+        for query in shapes(queries, rank)
+        for key in shapes(keys, rank)
     ]
     return sorted(found, key=lambda simulation: simulation.waste)
 
@@ -136,15 +136,3 @@ def _windows(
     for length, window in zip(spatial, windows):
         window.check("simulate", length)
     return windows
-
-
-def _shapes(tokens: int, rank: int) -> Iterator[tuple[int, ...]]:
-    """Shapes of `tokens` tokens with powers of two as sides."""
-    if rank == 1:
-        yield (tokens,)
-        return
-    side = 1
-    while side <= tokens:
-        for rest in _shapes(tokens // side, rank - 1):
-            yield (side, *rest)
-        side *= 2

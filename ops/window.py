@@ -148,7 +148,7 @@ def _case(
 
 CASES = (
     _case("ragged windows, shifted", (9, 11), 4, shift=(3, 1), heads=(2, 2)),
-    _case("whole windows", (8, 4), 4, batch=3, heads=(2, 1), dims=(24, 40)),
+    _case("whole windows", (8, 4), 4, heads=(2, 1), dims=(24, 40)),
     _case("shifted whole windows", (14, 7), 7, shift=3, batch=2),
     _case("grid whose dilation divides neither side", (11, 7), 3, dilation=(4, 3)),
     _case("dilated and shifted", (13, 10), (3, 2), dilation=(2, 3), shift=(1, 1)),

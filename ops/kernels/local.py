@@ -1,17 +1,19 @@
-"""Launches the neighborhood attention kernels: maps of one to three dimensions to one source.
+"""Launches the kernels of local attention: maps of one to three dimensions to one source.
 
 A map of lower rank gets leading axes of length 1. The kernels take a positive scale; a negative or
-zero one is moved into the query. Arguments are those that `vitarium.ops.neighborhood_attention` has
-checked.
+zero one is moved into the query. Arguments are those that the public functions have checked.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from vitarium.ops.kernels import local_backward, local_forward
@@ -24,9 +26,8 @@ from vitarium.ops.kernels.launch import (
     three,
     widths,
 )
-from vitarium.ops.kernels.tiles import TileConfig, tiles
-
-Windows = tuple[tuple[int, int, int, bool], ...]
+from vitarium.ops.kernels.tiles import TileConfig, cell, tiles
+from vitarium.ops.windows import Block, Pattern, Window
 
 # The bias gradient is split among this many programs, as far as its partial sums stay this small
 # and each program has some tiles to add. Constants, so that the result does not depend on a device.
@@ -43,10 +44,9 @@ def _bias_arguments(bias: Tensor | None) -> dict[str, Any]:
 
 
 def _common_arguments(
-    query: Tensor, key: Tensor, value: Tensor, windows: Windows
+    query: Tensor, key: Tensor, value: Tensor, windows: Sequence[Pattern]
 ) -> dict[str, Any]:
     """Arguments that do not depend on the tiles, and the same for all kernels."""
-    kernel_size, stride, dilation, is_causal = zip(*windows)
     return {
         "query": query,
         "key": key,
@@ -55,27 +55,60 @@ def _common_arguments(
         "key_strides": map_strides(key),
         "value_strides": map_strides(value),
         "lengths": three(tuple(query.shape[1:-2]), 1),
-        "dilation": three(dilation, 1),
+        "dilation": tuple(window.dilation for window in _three_windows(windows)),
+        "rules": tuple(map(_rule, _three_windows(windows))),
         "GROUP": query.shape[-2] // key.shape[-2],
-        "K": three(kernel_size, 1),
-        "S": three(stride, 1),
-        "CAUSAL": three(is_causal, False),
         **widths(query, value),
     }
 
 
-def _tile_counts(
-    lengths: tuple[int, ...], dilation: tuple[int, ...], tile: tuple[int, ...]
-) -> tuple[int, ...]:
-    """Tiles per axis in the largest residue class."""
-    return tuple(
-        triton.cdiv(triton.cdiv(length, d), size)
-        for length, d, size in zip(lengths, dilation, tile)
-    )
+def _three_windows(windows: Sequence[Pattern]) -> tuple[Pattern, ...]:
+    """The patterns, with those of axes of length 1 in front that a map of lower rank lacks."""
+    fill = Block(1, 1, 0, 0, 0) if isinstance(windows[0], Block) else Window(1, 1, 1, False)
+    return three(tuple(windows), fill)
+
+
+def _rule(window: Pattern) -> tuple[Any, ...]:
+    """One axis as `vitarium.ops.kernels.patterns` has it.
+
+    Sizes of windows may come with the map; so they are no compile-time constants.
+    """
+    if isinstance(window, Block):
+        return window.window_size, window.lead, window.halo, window.border
+    values = (window.kernel_size, window.stride, bool(window.is_causal))
+    return tuple(tl.constexpr(value) for value in values)
+
+
+def _layout(window: Pattern, tile: int, *, keys: bool) -> tuple[Any, Any]:
+    """Where tiles of tokens lie along an axis: length of a cell, and what lies before the axis.
+
+    Cells of window attention hold whole windows; so a tile of queries sees one range of keys, and
+    without a halo a tile of keys is seen from one range of queries.
+    """
+    if isinstance(window, Window):
+        return tl.constexpr(tile), tl.constexpr(0)
+    if keys and window.halo:
+        return tile, 0
+    return cell(window, tile), window.lead
+
+
+def _grid(
+    common: dict[str, Any], windows: Sequence[Pattern], tile: Sequence[int], *, keys: bool = False
+) -> tuple[int, dict[str, Any]]:
+    """Number of tiles of all classes, and the arguments about them; `keys` if they hold keys."""
+    windows = _three_windows(windows)
+    layout = tuple(_layout(*pair, keys=keys) for pair in zip(windows, tile))
+    counts = []
+    for length, window, size, (span, lead) in zip(common["lengths"], windows, tile, layout):
+        tokens = triton.cdiv(length, window.dilation) + (2 * window.border if keys else 0)
+        span, lead = (getattr(number, "value", number) for number in (span, lead))
+        counts.append(triton.cdiv(tokens + lead, span) * triton.cdiv(span, size))
+    total = math.prod(counts) * math.prod(common["dilation"])
+    return total, {"layout": layout, "tiles": tuple(counts)}
 
 
 def _config(
-    kernel: str, query: Tensor, value: Tensor, windows: Windows
+    kernel: str, query: Tensor, value: Tensor, windows: Sequence[Pattern]
 ) -> tuple[TileConfig, dict[str, Any]]:
     config = tiles(
         query.dim() - 3,
@@ -93,15 +126,16 @@ def forward(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
-    windows: Windows,
+    windows: Sequence[Pattern],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Neighborhood attention.
+    """Local attention.
 
     Args:
-        query: `(B, *spatial, num_heads, head_dim)`, any strides; key and value alike.
-        bias: relative position bias `(num_heads, 2 * kernel_size - 1, ...)`, or None.
-        windows: (kernel_size, stride, dilation, is_causal) per spatial dimension.
+        query: `(B, *spatial, num_heads, head_dim)`, any strides; key and value alike, but for the
+            borders that `windows` say they have.
+        bias: relative position bias `(num_heads, 2 * reach + 1, ...)`, or None.
+        windows: the pattern of every spatial dimension.
         scale: factor on the scores.
 
     Returns:
@@ -117,23 +151,23 @@ def forward(
         return output, logsumexp
     common = _common_arguments(query, key, value, windows)
     config, shapes = _config("forward", query, value, windows)
-    counts = _tile_counts(common["lengths"], common["dilation"], shapes["QUERY_TILE"])
+    count, grid = _grid(common, windows, shapes["QUERY_TILE"])
     batch, heads = query.shape[0], query.shape[-2]
     launch(
         local_forward.forward_kernel,
-        batch * heads * math.prod(common["dilation"]) * math.prod(counts),
+        batch * heads * count,
         query.device,
         **config.options,
         output=output,
         logsumexp=logsumexp,
         output_strides=map_strides(output),
         logsumexp_strides=row_strides(logsumexp),
-        tiles=counts,
         heads=heads,
         scale=scale,
         LARGE=large(query, key, value, output),
         **common,
         **shapes,
+        **grid,
         **_bias_arguments(bias),
     )
     return output, logsumexp
@@ -147,7 +181,7 @@ def backward(
     bias: Tensor | None,
     output: Tensor,
     logsumexp: Tensor,
-    windows: Windows,
+    windows: Sequence[Pattern],
     scale: float,
     bias_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -180,40 +214,39 @@ def backward(
         "grad_output_strides": map_strides(grad_output),
         "LARGE": large(query, key, value, output, grad_output),
     }
-    lengths, dilation = common["lengths"], common["dilation"]
     batch, heads, heads_kv = query.shape[0], query.shape[-2], key.shape[-2]
 
     config, shapes = _config("query", query, value, windows)
-    counts = _tile_counts(lengths, dilation, shapes["QUERY_TILE"])
+    count, grid = _grid(common, windows, shapes["QUERY_TILE"])
     launch(
         local_backward.query_kernel,
-        batch * heads * math.prod(dilation) * math.prod(counts),
+        batch * heads * count,
         query.device,
         **config.options,
         output=output,
         output_strides=map_strides(output),
         grad_query=grad_query,
         grad_query_strides=map_strides(grad_query),
-        tiles=counts,
         heads=heads,
         **common,
         **shapes,
+        **grid,
     )
     config, shapes = _config("key_value", query, value, windows)
-    counts = _tile_counts(lengths, dilation, shapes["KEY_TILE"])
+    count, grid = _grid(common, windows, shapes["KEY_TILE"], keys=True)
     launch(
         local_backward.key_value_kernel,
-        batch * heads_kv * math.prod(dilation) * math.prod(counts),
+        batch * heads_kv * count,
         query.device,
         **config.options,
         grad_key=grad_key,
         grad_key_strides=map_strides(grad_key),
         grad_value=grad_value,
         grad_value_strides=map_strides(grad_value),
-        tiles=counts,
         heads=heads_kv,
         **common,
         **shapes,
+        **grid,
     )
     if sign != 1:
         grad_query = grad_query * sign
@@ -222,28 +255,43 @@ def backward(
     return grad_query, grad_key, grad_value, grad_bias
 
 
+def _relative_tiles(window: Pattern, q_size: int, k_size: int) -> tuple[int, int]:
+    """Tiles of keys that hold all keys that a tile of queries may see, wherever it lies.
+
+    Returns:
+        The first key of the first tile, in positions from the first query, and their number.
+    """
+    if isinstance(window, Block):
+        span = cell(window, q_size)
+        tiles_before = triton.cdiv((triton.cdiv(span, q_size) - 1) * q_size, k_size)
+        before, after = tiles_before * k_size + window.halo, span + window.halo
+    else:  # One tile begins with the window of a query in the middle of the map.
+        k = window.kernel_size
+        before = triton.cdiv(k - 1 - k // 2, k_size) * k_size + k // 2
+        after = q_size + k - 1
+    return -before, triton.cdiv(before + after, k_size)
+
+
 def _grad_bias(
-    query: Tensor, value: Tensor, bias: Tensor, windows: Windows, common: dict[str, Any]
+    query: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    windows: Sequence[Pattern],
+    common: dict[str, Any],
 ) -> Tensor:
     """Gradient of the bias: tiles of score gradients summed by the kernel, then along diagonals."""
     config, shapes = _config("bias", query, value, windows)
     query_tile, key_tile = shapes["QUERY_TILE"], shapes["KEY_TILE"]
-    # A query sees keys from K - 1 before to K - 1 after itself. Tiles of keys are laid so that one
-    # begins with the window of a query in the middle of the map.
-    first, key_tiles = [], []
-    for k, q_size, k_size in zip(common["K"], query_tile, key_tile):
-        before = triton.cdiv(k - 1 - k // 2, k_size) * k_size + k // 2
-        first.append(-before)
-        key_tiles.append(triton.cdiv(before + q_size + k - 1, k_size))
+    axes = _three_windows(windows)
+    first, key_tiles = zip(*map(_relative_tiles, axes, query_tile, key_tile))
     batch, heads = query.shape[0], query.shape[-2]
     relative_tiles = heads * math.prod(key_tiles)
     tile_bytes = 4 * math.prod(query_tile) * math.prod(key_tile)
-    counts = _tile_counts(common["lengths"], common["dilation"], query_tile)
-    all_tiles = batch * math.prod(common["dilation"]) * math.prod(counts)
+    count, grid = _grid(common, windows, query_tile)
     parts = min(
         BIAS_PROGRAMS // relative_tiles,
         BIAS_BYTES // (relative_tiles * tile_bytes),
-        all_tiles // BIAS_TILES_PER_PROGRAM,
+        batch * count // BIAS_TILES_PER_PROGRAM,
     )
     parts = max(1, parts)
     partial_sums = query.new_empty(
@@ -258,8 +306,9 @@ def _grad_bias(
         heads=heads,
         images=batch,
         parts=parts,
-        FIRST=tuple(first),
-        KEY_TILES=tuple(key_tiles),
+        layout=grid["layout"],
+        FIRST=tuple(begin + window.border for begin, window in zip(first, axes)),
+        KEY_TILES=key_tiles,
         **common,
         **shapes,
     )
@@ -267,12 +316,18 @@ def _grad_bias(
     sums = partial_sums.sum(0).permute(0, 4, 1, 7, 5, 2, 8, 6, 3, 9)
     spans = [tiles * size for tiles, size in zip(key_tiles, key_tile)]
     sums = sums.reshape(heads, *(n for pair in zip(query_tile, spans) for n in pair))
-    # Entry t of the table collects key - query = t - (K - 1): a diagonal, by one step in each.
+    # Entry t of the table collects key - query = t - reach: a diagonal, by one step in each. There
+    # are keys that no tile holds because no query in their row sees them.
+    missing = []
+    for window, q_size, begin, span in zip(axes, query_tile, first, spans):
+        end = q_size + window.reach
+        missing = [max(0, window.reach + begin), max(0, end - begin - span), 0, 0, *missing]
+    sums = F.pad(sums, missing) if any(missing) else sums
     shape, stride, start = [heads], [sums.stride(0)], 0
-    for axis, (k, q_size, begin) in enumerate(zip(common["K"], query_tile, first)):
+    for axis, (window, q_size, begin) in enumerate(zip(axes, query_tile, first)):
         key_stride = sums.stride(2 + 2 * axis)
-        shape += [q_size, 2 * k - 1]
+        shape += [q_size, 2 * window.reach + 1]
         stride += [sums.stride(1 + 2 * axis) + key_stride, key_stride]
-        start += (-begin - (k - 1)) * key_stride
+        start += max(0, -begin - window.reach) * key_stride
     table = sums.as_strided(shape, stride, start).sum((1, 3, 5))
     return table.reshape(bias.shape).to(bias.dtype)

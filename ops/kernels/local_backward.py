@@ -1,4 +1,4 @@
-"""Neighborhood attention, backward: three kernels, none with atomics, so runs are bit-equal.
+"""Local attention, backward: three kernels, none with atomics, so runs are bit-equal.
 
 - `query_kernel`: one program per tile of queries, the forward's walk over keys.
 - `key_value_kernel`: one program per tile of keys; it walks over the queries that see the tile,
@@ -19,37 +19,43 @@ import triton.language as tl
 
 from vitarium.ops.kernels.common import (
     LOG2E,
-    axis_union,
     class_lengths,
-    clip,
     dot,
     exists,
     expand,
-    key_range,
     load_rows,
     load_tokens,
-    mask_scores,
     positions,
-    query_range,
-    relative_bias,
     split,
     store_rows,
     store_tokens,
+)
+from vitarium.ops.kernels.patterns import (
+    axis_tile,
+    axis_union,
+    clip,
+    key_lengths,
+    key_range,
+    mask_scores,
+    query_range,
+    relative_bias,
+    tile_span,
     windows,
+    within,
 )
 
-UNALIGNED = ["lengths", "dilation", "tiles", "heads", "images", "parts"]
+UNALIGNED = ["lengths", "dilation", "rules", "layout", "tiles", "heads", "images", "parts"]
 
 
 @triton.jit
 def attention_weights(
-    a, b, bias, bias_strides, logsumexp, query, key, start, stop, scale,
-    K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    a, b, bias, bias_strides, logsumexp, query, key, start, stop, rules, scale,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Softmax weights of a tile; its scores are the product of `a` and `b`, queries and keys."""
     scores = dot(a, b, None, PRECISION, UPCAST) * (scale * LOG2E)
     if bias is not None:
-        scores += relative_bias(bias, bias_strides, query, key, start, stop, K) * LOG2E
+        scores += relative_bias(bias, bias_strides, query, key, start, stop, rules) * LOG2E
     return tl.exp2(mask_scores(scores, key, start, stop) - logsumexp)
 
 
@@ -103,8 +109,8 @@ def query_kernel(
     grad_query, delta,  # results; delta is the sum of grad_output * output over channels
     query_strides, key_strides, value_strides, bias_strides, output_strides, logsumexp_strides,
     grad_output_strides, grad_query_strides,
-    lengths, dilation, tiles, heads, scale,  # arguments as those of forward_kernel
-    GROUP: tl.constexpr, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr,
+    lengths, dilation, rules, layout, tiles, heads, scale,  # arguments as those of forward_kernel
+    GROUP: tl.constexpr,
     QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
@@ -112,17 +118,18 @@ def query_kernel(
     BLOCK_M: tl.constexpr = QUERY_TILE[0] * QUERY_TILE[1] * QUERY_TILE[2]
     BLOCK_N: tl.constexpr = KEY_TILE[0] * KEY_TILE[1] * KEY_TILE[2]
     z, y, x, rest = split(tl.program_id(0), tiles)
-    origin = (z * QUERY_TILE[0], y * QUERY_TILE[1], x * QUERY_TILE[2])
+    tile = (z, y, x)
     z, y, x, rest = split(rest, dilation)
     residue = (z, y, x)
     n = class_lengths(lengths, residue, dilation)
-    if exists(origin, n):
+    origin, q_first, q_stop, occupied = tile_span(tile, n, layout, QUERY_TILE)
+    if occupied:
         head = rest % heads
         batch = rest // heads
         q_at = positions(origin, tl.arange(0, BLOCK_M), QUERY_TILE)
-        q_exists = exists(q_at, n)
-        q_at = clip(q_at, n)
-        start, stop = windows(q_at, n, K, S, CAUSAL)
+        q_exists = within(q_at, q_first, q_stop)
+        q_at = clip(q_at, q_first, q_stop)
+        start, stop = windows(q_at, n, rules)
         o = load_tokens(
             output, output_strides, batch, head, q_at, q_exists, residue, dilation,
             VALUE_D, BLOCK_VALUE_D, LARGE,
@@ -147,7 +154,7 @@ def query_kernel(
         if bias is not None:
             bias += head * bias_strides[0]
         accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        first, counts = key_range(origin, n, K, S, CAUSAL, QUERY_TILE, KEY_TILE)
+        first, k_stop, counts = key_range(q_first, q_stop, n, rules, KEY_TILE)
         for step in range(counts[0] * counts[1] * counts[2]):
             z, y, x, _ = split(step, counts)
             k_origin = (
@@ -158,13 +165,13 @@ def query_kernel(
             k_at = positions(k_origin, tl.arange(0, BLOCK_N), KEY_TILE)
             k, v = load_keys(
                 key, value, key_strides, value_strides, batch, head // GROUP,
-                k_at, exists(k_at, n), residue, dilation,
+                k_at, exists(k_at, k_stop), residue, dilation,
                 D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE,
             )  # fmt: skip
             weights = attention_weights(
                 q, tl.trans(k), bias, bias_strides, row_logsumexp[:, None],
-                expand(q_at, 1), expand(k_at, 0), expand(start, 1), expand(stop, 1), scale,
-                K, PRECISION, UPCAST,
+                expand(q_at, 1), expand(k_at, 0), expand(start, 1), expand(stop, 1), rules,
+                scale, PRECISION, UPCAST,
             )  # fmt: skip
             grad_weights = dot(grad, tl.trans(v), None, PRECISION, UPCAST)
             grad_scores = weights * (grad_weights - row_delta[:, None])
@@ -181,10 +188,10 @@ def key_value_kernel(
     grad_key, grad_value,  # results
     query_strides, key_strides, value_strides, bias_strides, logsumexp_strides,
     grad_output_strides, grad_key_strides, grad_value_strides,
-    lengths, dilation,
-    tiles, heads,  # key tiles per axis, and key heads; the rest as in forward_kernel
+    lengths, dilation, rules,
+    layout, tiles, heads,  # of key tiles, and key heads; the rest as in forward_kernel
     scale,
-    GROUP: tl.constexpr, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr,
     QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
@@ -192,15 +199,16 @@ def key_value_kernel(
     BLOCK_M: tl.constexpr = QUERY_TILE[0] * QUERY_TILE[1] * QUERY_TILE[2]
     BLOCK_N: tl.constexpr = KEY_TILE[0] * KEY_TILE[1] * KEY_TILE[2]
     z, y, x, rest = split(tl.program_id(0), tiles)
-    origin = (z * KEY_TILE[0], y * KEY_TILE[1], x * KEY_TILE[2])
+    tile = (z, y, x)
     z, y, x, rest = split(rest, dilation)
     residue = (z, y, x)
     n = class_lengths(lengths, residue, dilation)
-    if exists(origin, n):
+    origin, k_first, k_stop, occupied = tile_span(tile, key_lengths(n, rules), layout, KEY_TILE)
+    if occupied:
         key_head = rest % heads
         batch = rest // heads
         k_at = positions(origin, tl.arange(0, BLOCK_N), KEY_TILE)
-        k_exists = exists(k_at, n)
+        k_exists = within(k_at, k_first, k_stop)
         k, v = load_keys(
             key, value, key_strides, value_strides, batch, key_head,
             k_at, k_exists, residue, dilation,
@@ -208,7 +216,7 @@ def key_value_kernel(
         )  # fmt: skip
         k_accumulator = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         v_accumulator = tl.zeros([BLOCK_N, BLOCK_VALUE_D], tl.float32)
-        first, counts = query_range(origin, n, K, S, CAUSAL, QUERY_TILE, KEY_TILE)
+        first, q_stop, counts = query_range(k_first, k_stop, n, rules, QUERY_TILE)
         for step in range(GROUP * counts[0] * counts[1] * counts[2]):
             z, y, x, member = split(step, counts)
             head = key_head * GROUP + member
@@ -218,9 +226,9 @@ def key_value_kernel(
                 first[2] + x * QUERY_TILE[2],
             )
             q_at = positions(q_origin, tl.arange(0, BLOCK_M), QUERY_TILE)
-            q_exists = exists(q_at, n)
-            q_at = clip(q_at, n)
-            start, stop = windows(q_at, n, K, S, CAUSAL)
+            q_exists = exists(q_at, q_stop)
+            q_at = clip(q_at, first, q_stop)
+            start, stop = windows(q_at, n, rules)
             q, grad, row_logsumexp, row_delta = load_queries(
                 query, grad_output, logsumexp, delta,
                 query_strides, grad_output_strides, logsumexp_strides,
@@ -233,8 +241,8 @@ def key_value_kernel(
             # Transposed, keys are rows, so that both products below take the weights as they are.
             weights = attention_weights(
                 k, tl.trans(q), table, bias_strides, row_logsumexp[None, :],
-                expand(q_at, 0), expand(k_at, 1), expand(start, 0), expand(stop, 0), scale,
-                K, PRECISION, UPCAST,
+                expand(q_at, 0), expand(k_at, 1), expand(start, 0), expand(stop, 0), rules,
+                scale, PRECISION, UPCAST,
             )  # fmt: skip
             v_accumulator = dot(weights.to(grad.dtype), grad, v_accumulator, PRECISION, UPCAST)
             grad_weights = dot(v, tl.trans(grad), None, PRECISION, UPCAST)
@@ -252,19 +260,20 @@ def key_value_kernel(
 
 @triton.jit
 def tiles_in_reach(
-    shift, n, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr,
-    QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
+    shift, n, rule, layout, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr
 ):  # fmt: skip
     """First and number of the query tiles that see any of the KEY_TILE keys `shift` after them.
 
-    Stride makes the answer irregular, so it is looked for; tiles between may see none.
+    The answer is irregular, so it is looked for; tiles between may see none.
     """
-    low = tl.cdiv(n, QUERY_TILE)
-    high = low * 0
-    for tile in range(tl.cdiv(n, QUERY_TILE)):
-        first = tile * QUERY_TILE
-        start, stop = axis_union(first, QUERY_TILE, n, K, S, CAUSAL)
-        seen = (start < first + shift + KEY_TILE) & (stop > first + shift)
+    tiles = tl.cdiv(n + layout[1], layout[0]) * tl.cdiv(layout[0], QUERY_TILE)
+    low = tiles
+    high = tiles * 0
+    for tile in range(tiles):
+        origin, stop = axis_tile(tile, n, layout, QUERY_TILE)
+        first = tl.maximum(origin, 0)
+        start, end = axis_union(first, stop, n, rule)
+        seen = (first < stop) & (start < origin + shift + KEY_TILE) & (end > origin + shift)
         low = tl.where(seen, tl.minimum(low, tile), low)
         high = tl.where(seen, tile + 1, high)
     return low, tl.maximum(high - low, 0)
@@ -276,11 +285,11 @@ def bias_kernel(
     partial_sums,  # result: (parts, heads, *KEY_TILES, *QUERY_TILE, *KEY_TILE), contiguous
     query_strides, key_strides, value_strides, bias_strides, logsumexp_strides,
     grad_output_strides,
-    lengths, dilation, heads, scale,  # arguments as those of forward_kernel
+    lengths, dilation, rules, layout, heads, scale,  # arguments as those of forward_kernel
     images, parts,
     FIRST: tl.constexpr,  # first key of the first key tile minus first query, per axis
     KEY_TILES: tl.constexpr,  # per axis
-    GROUP: tl.constexpr, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr,
     QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
@@ -302,25 +311,23 @@ def bias_kernel(
         z, y, x, _ = split(residue_class, dilation)
         residue = (z, y, x)
         n = class_lengths(lengths, residue, dilation)
-        z0, nz = tiles_in_reach(shift[0], n[0], K[0], S[0], CAUSAL[0], QUERY_TILE[0], KEY_TILE[0])
-        y0, ny = tiles_in_reach(shift[1], n[1], K[1], S[1], CAUSAL[1], QUERY_TILE[1], KEY_TILE[1])
-        x0, nx = tiles_in_reach(shift[2], n[2], K[2], S[2], CAUSAL[2], QUERY_TILE[2], KEY_TILE[2])
+        keys = key_lengths(n, rules)
+        z0, nz = tiles_in_reach(shift[0], n[0], rules[0], layout[0], QUERY_TILE[0], KEY_TILE[0])
+        y0, ny = tiles_in_reach(shift[1], n[1], rules[1], layout[1], QUERY_TILE[1], KEY_TILE[1])
+        x0, nx = tiles_in_reach(shift[2], n[2], rules[2], layout[2], QUERY_TILE[2], KEY_TILE[2])
         steps = images * nz * ny * nx
         share = tl.cdiv(steps, parts)
         for step in range(part * share, tl.minimum((part + 1) * share, steps)):
             z, y, x, batch = split(step, (nz, ny, nx))
-            q_origin = (
-                (z0 + z) * QUERY_TILE[0],
-                (y0 + y) * QUERY_TILE[1],
-                (x0 + x) * QUERY_TILE[2],
-            )
+            tile = (z0 + z, y0 + y, x0 + x)
+            q_origin, q_first, q_stop, _ = tile_span(tile, n, layout, QUERY_TILE)
             k_origin = (q_origin[0] + shift[0], q_origin[1] + shift[1], q_origin[2] + shift[2])
             q_at = positions(q_origin, tl.arange(0, BLOCK_M), QUERY_TILE)
-            q_exists = exists(q_at, n)
-            q_at = clip(q_at, n)
+            q_exists = within(q_at, q_first, q_stop)
+            q_at = clip(q_at, q_first, q_stop)
             k_at = positions(k_origin, tl.arange(0, BLOCK_N), KEY_TILE)
-            k_exists = exists(k_at, n) & (k_at[0] >= 0) & (k_at[1] >= 0) & (k_at[2] >= 0)
-            start, stop = windows(q_at, n, K, S, CAUSAL)
+            k_exists = within(k_at, (0, 0, 0), keys)
+            start, stop = windows(q_at, n, rules)
             q, grad, row_logsumexp, row_delta = load_queries(
                 query, grad_output, logsumexp, delta,
                 query_strides, grad_output_strides, logsumexp_strides,
@@ -334,8 +341,8 @@ def bias_kernel(
             )  # fmt: skip
             weights = attention_weights(
                 q, tl.trans(k), bias, bias_strides, row_logsumexp[:, None],
-                expand(q_at, 1), expand(k_at, 0), expand(start, 1), expand(stop, 1), scale,
-                K, PRECISION, UPCAST,
+                expand(q_at, 1), expand(k_at, 0), expand(start, 1), expand(stop, 1), rules,
+                scale, PRECISION, UPCAST,
             )  # fmt: skip
             grad_weights = dot(grad, tl.trans(v), None, PRECISION, UPCAST)
             accumulator += weights * (grad_weights - row_delta[:, None])

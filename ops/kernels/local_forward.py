@@ -1,4 +1,4 @@
-"""Neighborhood attention, forward: one program computes one tile of queries of one head.
+"""Local attention, forward: one program computes one tile of queries of one head.
 
 The program walks over the tiles of keys that cover the union of its queries' windows, with an
 online softmax in base 2 (Milakov and Gimelshein, arXiv 1805.02867; Dao et al., 2205.14135). How
@@ -13,24 +13,30 @@ import triton.language as tl
 from vitarium.ops.kernels.common import (
     LOG2E,
     class_lengths,
-    clip,
     dot,
     exists,
     expand,
-    key_range,
     load_tokens,
-    mask_scores,
     positions,
-    relative_bias,
     softmax_step,
     split,
     store_rows,
     store_tokens,
+)
+from vitarium.ops.kernels.patterns import (
+    clip,
+    key_range,
+    mask_scores,
+    relative_bias,
+    tile_span,
     windows,
+    within,
 )
 
+UNALIGNED = ["lengths", "dilation", "rules", "layout", "tiles", "heads"]
 
-@triton.jit(do_not_specialize_on_alignment=["lengths", "dilation", "tiles", "heads"])
+
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def forward_kernel(
     query, key, value, bias,  # bias None: there is none
     output, logsumexp,  # results
@@ -38,10 +44,11 @@ def forward_kernel(
     bias_strides,  # (head, z, y, x)
     output_strides, logsumexp_strides,
     lengths, dilation,  # of the map, per axis
+    rules,  # the pattern, per axis
+    layout,  # of query tiles, per axis
     tiles,  # query tiles per axis in the largest residue class
     heads, scale,  # scale is positive
     GROUP: tl.constexpr,  # query heads per key head
-    K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr,  # the window, per axis
     QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
@@ -49,17 +56,18 @@ def forward_kernel(
     BLOCK_M: tl.constexpr = QUERY_TILE[0] * QUERY_TILE[1] * QUERY_TILE[2]
     BLOCK_N: tl.constexpr = KEY_TILE[0] * KEY_TILE[1] * KEY_TILE[2]
     z, y, x, rest = split(tl.program_id(0), tiles)
-    origin = (z * QUERY_TILE[0], y * QUERY_TILE[1], x * QUERY_TILE[2])
+    tile = (z, y, x)
     z, y, x, rest = split(rest, dilation)
     residue = (z, y, x)
     n = class_lengths(lengths, residue, dilation)
-    if exists(origin, n):
+    origin, q_first, q_stop, occupied = tile_span(tile, n, layout, QUERY_TILE)
+    if occupied:
         head = rest % heads
         batch = rest // heads
         q_at = positions(origin, tl.arange(0, BLOCK_M), QUERY_TILE)
-        q_exists = exists(q_at, n)
-        q_at = clip(q_at, n)
-        start, stop = windows(q_at, n, K, S, CAUSAL)
+        q_exists = within(q_at, q_first, q_stop)
+        q_at = clip(q_at, q_first, q_stop)
+        start, stop = windows(q_at, n, rules)
         q_column = expand(q_at, 1)
         start = expand(start, 1)
         stop = expand(stop, 1)
@@ -77,7 +85,7 @@ def forward_kernel(
         maximum = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: no inf - inf in an empty tile
         total = tl.zeros([BLOCK_M], tl.float32)
         accumulator = tl.zeros([BLOCK_M, BLOCK_VALUE_D], tl.float32)
-        first, counts = key_range(origin, n, K, S, CAUSAL, QUERY_TILE, KEY_TILE)
+        first, k_stop, counts = key_range(q_first, q_stop, n, rules, KEY_TILE)
         for step in range(counts[0] * counts[1] * counts[2]):
             z, y, x, _ = split(step, counts)
             k_origin = (
@@ -86,7 +94,7 @@ def forward_kernel(
                 first[2] + x * KEY_TILE[2],
             )
             k_at = positions(k_origin, tl.arange(0, BLOCK_N), KEY_TILE)
-            k_exists = exists(k_at, n)
+            k_exists = exists(k_at, k_stop)
             k_row = expand(k_at, 0)
             k = load_tokens(
                 key, key_strides, batch, head // GROUP, k_at, k_exists, residue, dilation,
@@ -98,7 +106,7 @@ def forward_kernel(
             )  # fmt: skip
             scores = dot(q, tl.trans(k), None, PRECISION, UPCAST)
             if bias is not None:
-                entries = relative_bias(bias, bias_strides, q_column, k_row, start, stop, K)
+                entries = relative_bias(bias, bias_strides, q_column, k_row, start, stop, rules)
                 scores = scores * before + entries * LOG2E
             scores = mask_scores(scores, k_row, start, stop)
             maximum, total, accumulator = softmax_step(

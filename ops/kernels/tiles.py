@@ -1,4 +1,4 @@
-"""Launch parameters of the neighborhood attention kernels; asking for them needs no Triton.
+"""Launch parameters of the kernels of local attention; asking for them needs no Triton.
 
 A tile is a patch of the map, so that the union of its queries' windows stays small. Its number of
 tokens is chosen by kernel, head_dim and element size; the shape of the tile that is walked over by
@@ -10,11 +10,12 @@ limit on compute capability 8.0, 9.0 and 10.0.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from vitarium.ops.windows import Window, walk
+from vitarium.ops.windows import Block, Pattern, Window, walk
 
 KERNELS = ("forward", "query", "key_value", "bias")
 
@@ -105,7 +106,7 @@ class TileConfig:
 def tiles(
     rank: int,
     head_dim: int,
-    windows: Sequence[tuple[int, int, int, bool]],
+    windows: Sequence[Pattern],
     *,
     kernel: str = "forward",
     element_size: int = 2,
@@ -116,18 +117,19 @@ def tiles(
     Args:
         rank: number of spatial dimensions, 1 to 3.
         head_dim: the larger of the widths of query and value heads, 1 to 256.
-        windows: (kernel_size, stride, dilation, is_causal) per spatial dimension.
+        windows: the pattern of every spatial dimension.
         kernel: one of `KERNELS`.
         element_size: bytes of an element of query, 2 or 4.
         lengths: the map's size; None means large.
     """
     sizes = _SIZES[kernel, element_size]
     queries, keys, *options = sizes[min(d for d in HEAD_DIMS if d >= head_dim)]
+    if isinstance(windows[0], Block):
+        return TileConfig(*_block_shapes(queries, keys, tuple(windows)), *options)
     fixed, walked = (keys, queries) if kernel == "key_value" else (queries, keys)
     shapes = _SQUARE
     if kernel != "bias":
-        pattern = tuple(Window(*window) for window in windows)
-        shapes = _walked_shapes(rank, fixed, walked, pattern, lengths and tuple(lengths))
+        shapes = _walked_shapes(rank, fixed, walked, tuple(windows), lengths and tuple(lengths))
     if kernel == "key_value":
         return TileConfig(shapes[rank][queries], _SQUARE[rank][keys], *options)
     return TileConfig(_SQUARE[rank][queries], shapes[rank][keys], *options)
@@ -148,3 +150,42 @@ def _walked_shapes(
         return math.prod(walk(*axis) for axis in tiles_)
 
     return min((_LONG, _SQUARE), key=visited)
+
+
+def cell(window: Block, tile: int) -> int:
+    """Positions of whole windows that are cut into tiles together."""
+    return max(window.window_size, tile // window.window_size * window.window_size)
+
+
+def shapes(tokens: int, rank: int) -> Iterator[tuple[int, ...]]:
+    """Shapes of `tokens` tokens with powers of two as sides."""
+    if rank == 1:
+        yield (tokens,)
+        return
+    side = 1
+    while side <= tokens:
+        for rest in shapes(tokens // side, rank - 1):
+            yield (side, *rest)
+        side *= 2
+
+
+@functools.lru_cache(maxsize=1024)
+def _block_shapes(
+    queries: int, keys: int, windows: tuple[Block, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of query and key tiles that visit the fewest pairs of tiles per query.
+
+    Among equals the one with the longest rows, as neighbors in a row are neighbors in memory.
+    """
+
+    def visited(query: tuple[int, ...], key: tuple[int, ...]) -> float:
+        pairs = 1.0
+        for window, q_size, k_size in zip(windows, query, key):
+            span = cell(window, q_size)
+            seen = max(window.window_size, min(span, q_size)) + 2 * window.halo
+            pairs *= -(-span // q_size) / span * -(-seen // k_size)
+        return pairs
+
+    rank = len(windows)
+    pairs = itertools.product(shapes(queries, rank), shapes(keys, rank))
+    return min(pairs, key=lambda pair: (visited(*pair), [-side for side in reversed(pair[0])]))

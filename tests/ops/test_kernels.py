@@ -20,8 +20,8 @@ import triton.language as tl  # noqa: E402
 
 from vitarium.ops import neighborhood_attention  # noqa: E402
 from vitarium.ops.kernels import local as kernels  # noqa: E402
-from vitarium.ops.kernels.common import axis_inverse, axis_union  # noqa: E402
-from vitarium.ops.windows import Window, axis_pattern  # noqa: E402
+from vitarium.ops.kernels.patterns import axis_inverse, axis_union  # noqa: E402
+from vitarium.ops.windows import Block, Pattern, Window, axis_pattern  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available() and not INTERPRETED
@@ -221,39 +221,52 @@ def test_two_runs_are_bit_equal(case: Case) -> None:
 
 
 @triton.jit
-def _bounds_kernel(
-    result, n, count, BLOCK: tl.constexpr, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr
-):
+def _bounds_kernel(result, n, keys, count, rule, BLOCK: tl.constexpr):
     first = tl.arange(0, BLOCK)
-    start, stop = axis_union(first, count, n, K, S, CAUSAL)
-    low, high = axis_inverse(first, count, n, K, S, CAUSAL)
+    last = tl.minimum(first, n - 1)
+    start, stop = axis_union(last, tl.minimum(first + count, n), n, rule)
+    low, high = axis_inverse(first, tl.minimum(first + count, keys), n, rule)
     tl.store(result + first, start)
     tl.store(result + BLOCK + first, stop)
     tl.store(result + 2 * BLOCK + first, low)
     tl.store(result + 3 * BLOCK + first, high)
 
 
+def _check_walks(window: Pattern, n: int) -> None:
+    """Bounds of the walks over keys and over queries, against the definition, exhaustively."""
+    block = 32
+    seen, _ = axis_pattern(n, window, torch.device("cpu"))
+    keys = seen.shape[1]
+    for count in (1, 4):
+        result = torch.empty(4, block, dtype=torch.int32, device=DEVICE)
+        _bounds_kernel[(1,)](result, n, keys, count, kernels._rule(window), block)
+        for first in range(n):
+            start, stop, _, _ = result[:, first].tolist()
+            found = seen[first : first + count].any(0).nonzero()
+            assert (start, stop) == (found.min(), found.max() + 1)
+        for first in range(keys):
+            _, _, low, high = result[:, first].tolist()
+            queries = seen[:, first : first + count].any(1).nonzero()
+            if len(queries):
+                assert (low, high) == (queries.min(), queries.max() + 1)
+            else:
+                assert low >= high
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("kernel_size", [1, 2, 5, 6])
 def test_walks_visit_what_is_seen_and_no_more(kernel_size: int, is_causal: bool) -> None:
-    """Bounds of the walks over keys and over queries, against the definition, exhaustively."""
-    block = 16
     for stride in range(1, kernel_size + 1):
         for n in range(kernel_size, 14):
-            window = Window(kernel_size, stride, 1, is_causal)
-            seen, _ = axis_pattern(n, window, torch.device("cpu"))
-            for count in (1, 4):
-                result = torch.empty(4, block, dtype=torch.int32, device=DEVICE)
-                _bounds_kernel[(1,)](result, n, count, block, *window[:2], is_causal)
-                for first in range(n):
-                    start, stop, low, high = result[:, first].tolist()
-                    keys = seen[first : first + count].any(0).nonzero()
-                    assert (start, stop) == (keys.min(), keys.max() + 1)
-                    queries = seen[:, first : first + count].any(1).nonzero()
-                    if len(queries):
-                        assert (low, high) == (queries.min(), queries.max() + 1)
-                    else:
-                        assert low >= high
+            _check_walks(Window(kernel_size, stride, 1, is_causal), n)
+
+
+@pytest.mark.parametrize("window_size", [1, 2, 5])
+def test_walks_over_windows(window_size: int) -> None:
+    for shift in range(window_size):
+        for halo, border in ((0, 0), (1, 0), (1, 1), (4, 0), (4, 4)):
+            for n in (1, 4, 5, 11):
+                _check_walks(Block(window_size, 1, shift, halo, border), n)
 
 
 def test_logsumexp() -> None:
@@ -281,7 +294,7 @@ def test_large_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Offsets of 64 bits change nothing where 32 suffice."""
     case = SMALL[2]
     expected = _run(case, "triton", case.dtype)
-    monkeypatch.setattr(kernels, "_large", lambda *tensors: True)
+    monkeypatch.setattr(kernels, "large", lambda *tensors: True)
     for name, tensor in _run(case, "triton", case.dtype).items():
         assert torch.equal(tensor, expected[name]), name
 
@@ -298,7 +311,7 @@ def test_operators_pass_opcheck() -> None:
             torch.ops.vitarium.neighborhood_attention_backward.default,
             (
                 grad, *(t.detach() for t in leaves), output.detach(), logsumexp.detach(),
-                *pattern, bias_needs_grad,
+                *pattern, [1, 1, 1, int(bias_needs_grad)],
             ),
         )  # fmt: skip
 

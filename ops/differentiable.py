@@ -148,7 +148,9 @@ class Differentiable:
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)  # no zeros as large as what is saved
 
-    def _autograd(self, ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    def _autograd(self, ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         needs = ctx.needs_input_grad[: self.count]
         grads = self._backward_operator(
             grad, *ctx.saved_tensors, *ctx.arguments, list(map(int, needs))

@@ -1,5 +1,7 @@
 """Token mixers: stateless operators, their Triton kernels, and modules."""
 
+from vitarium.ops.aggregated import aggregated_attention
+from vitarium.ops.aggregated_mixers import AggregatedAttention
 from vitarium.ops.crossformer import DynamicPositionBias, LongShortDistanceAttention
 from vitarium.ops.dispatch import BACKENDS, OPERATORS, Case, backend
 from vitarium.ops.halo import HaloAttention, OverlappingCrossAttention
@@ -17,6 +19,7 @@ __all__ = [
     "BACKENDS",
     "MIXERS",
     "OPERATORS",
+    "AggregatedAttention",
     "Case",
     "DynamicPositionBias",
     "GlobalAttention",
@@ -28,6 +31,7 @@ __all__ = [
     "NeighborhoodAttention",
     "OverlappingCrossAttention",
     "WindowAttention",
+    "aggregated_attention",
     "backend",
     "build_mixer",
     "neighborhood_attention",

@@ -7,15 +7,42 @@ place of a table of them has an answer for maps that it was not trained on.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitarium.ops import dispatch
+
 Size = tuple[int, int]
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
+
+def kept(make: Callable[P, T]) -> Callable[P, T]:
+    """Decorator: tensors that follow from sizes and a device are made once, and not written to.
+
+    Only plain tensors are kept: a compiler, an exporter or a fake tensor mode gets its own.
+    """
+    cached = functools.lru_cache(maxsize=256)(make)
+
+    @functools.wraps(make)
+    def get(*args: P.args, **kwargs: P.kwargs) -> T:
+        recorded = torch.compiler.is_compiling() or dispatch.plain_aten()
+        if recorded or type(torch.empty(0)) is not Tensor:
+            return make(*args, **kwargs)
+        with torch.inference_mode(False):  # or no later backward could use them
+            return cached(*args, **kwargs)
+
+    return get
+
+
+@kept
 def _axis(queries: int, keys: int, extent: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Index `(queries, keys)` of every pair's distance, and the log-spaced distances, float32."""
     key = torch.arange(keys, device=device)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from vitarium.benchmarks import record
 from vitarium.benchmarks.breakdown import PARTS
+from vitarium.benchmarks.mixers import OURS
 from vitarium.benchmarks.record import Record
 
 
@@ -19,11 +20,13 @@ def print_table(records: Sequence[Record], console: Console | None = None) -> No
     console = console or Console()
     models = [r for r in records if r.kind == "model"]
     operators = [r for r in records if r.kind == "operator"]
+    mixers = [r for r in records if r.kind == "mixer"]
     profiled = [r for r in models if r.parts]
     for chosen, table in (
         (models, model_table),
         (profiled, parts_table),
         (operators, operator_table),
+        (mixers, mixer_table),
     ):
         if chosen:
             console.print(table(chosen))
@@ -132,6 +135,34 @@ def operator_table(records: Sequence[Record]) -> Table:
         floor = row.get("floor")
         cells = (_times_floor(row.get(implementation), floor) for implementation in columns)
         table.add_row(describe(first), *cells)
+    return table
+
+
+def mixer_table(records: Sequence[Record]) -> Table:
+    """Mixers: a row per setting, a column per module: ms, and ours as a multiple of a peer's."""
+    settings: defaultdict[tuple[str, ...], dict[str, Record]] = defaultdict(dict)
+    for r in records:
+        settings[r.setting][r.implementation] = r
+    columns = dict.fromkeys(r.implementation for r in records)
+    table = Table(
+        title="Mixers: median ms, and our time over the peer's",
+        caption=where(records),
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    table.add_column("setting", overflow="fold")
+    for implementation in columns:
+        table.add_column(implementation, justify="right", no_wrap=True)
+    for row in settings.values():
+        ours = next((r for name, r in row.items() if name == OURS), None)
+        first = next(iter(row.values()))
+        cells = []
+        for r in (row.get(implementation) for implementation in columns):
+            text = "" if r is None else f"{r.median * 1e3:.3g}"
+            compared = r is not None and r is not ours and ours is not None
+            cells.append(f"{text} [bold]x{ours.median / r.median:.2f}[/bold]" if compared else text)
+        table.add_row(f"{first.name} {first.case} {first.dtype} {first.mode}", *cells)
     return table
 
 

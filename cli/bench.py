@@ -1,6 +1,6 @@
 """`vitarium bench`: measure models or operators, and draw what was measured.
 
-The first word says what is done (`models`, `ops`, `plot`); without it, the words are models.
+The first word says what is done (`models`, `ops`, `mixers`, `plot`); without it, words are models.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from rich.console import Console
 Dtype = Literal["float32", "bfloat16", "float16"]
 RESULTS = Path("benchmarks/results")  # in a checkout: records that are kept
 RUNS = Path("runs/bench")
+_OUTPUT = (
+    f"records are appended here; {RESULTS}/<processor>/{{name}} in a checkout of the repository "
+    f"and {RUNS}/<processor>/{{name}} elsewhere, if not given"
+)
 
 
 class _Parser(ArgumentParser):
@@ -116,22 +120,16 @@ def _operators_parser() -> ArgumentParser:
         "--output",
         type=str | None,
         default=None,
-        help=f"records are appended here; {RESULTS}/<processor>/operators.jsonl in a checkout of "
-        f"the repository and {RUNS}/<processor>/operators.jsonl elsewhere, if not given",
+        help=_OUTPUT.format(name="operators.jsonl"),
     )
     return parser
 
 
 def _run_operators(config: Namespace) -> int:
-    from vitarium.benchmarks import bench_operators, print_table, record
-    from vitarium.benchmarks.arguments import device_named
+    from vitarium.benchmarks import bench_operators, print_table
 
     console = Console()
-    arguments = vars(config)
-    if arguments["output"] is None:
-        root = RESULTS if RESULTS.is_dir() else RUNS
-        slug = record.this_machine(device_named(config.device)).slug
-        arguments["output"] = str(root / slug / "operators.jsonl")
+    arguments = {**vars(config), "output": _output(config, "operators.jsonl")}
     outcome = bench_operators(
         **arguments, progress=lambda line: console.print(line, style="dim", highlight=False)
     )
@@ -140,6 +138,50 @@ def _run_operators(config: Namespace) -> int:
         console.print(f"not timed: {line}", style="red", markup=False, highlight=False)
     if outcome.remaining:
         console.print(f"{outcome.remaining} settings remain; the same command goes on with them")
+    _say_where(arguments["output"])
+    return 1 if outcome.refused else 0
+
+
+# --- mixers --------------------------------------------------------------------------------------
+
+
+def _mixers_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Our mixers, projections included, beside timm's modules with the same weights."
+    )
+    parser.add_argument("names", metavar="MIXER", type=str, nargs="*", help="all, if none")
+    _add_place(parser, threads=1)
+    parser.add_argument("--batch-size", type=PositiveInt, default=4, help="images")
+    parser.add_argument(
+        "--dtypes", type=Dtype, nargs="+", default=["float32", "bfloat16"], help="data types"
+    )
+    parser.add_argument(
+        "--modes",
+        type=Literal["forward", "training"],
+        nargs="+",
+        default=["forward", "training"],
+        help="training is forward and backward in one",
+    )
+    parser.add_argument("--match", type=str, default="", help="only settings whose note has this")
+    parser.add_argument("--seconds", type=NonNegativeFloat, default=5.0, help="per setting")
+    parser.add_argument(
+        "--output", type=str | None, default=None, help=_OUTPUT.format(name="mixers.jsonl")
+    )
+    return parser
+
+
+def _run_mixers(config: Namespace) -> int:
+    from vitarium.benchmarks import print_table
+    from vitarium.benchmarks.mixers import bench_mixers
+
+    console = Console()
+    arguments = {**vars(config), "output": _output(config, "mixers.jsonl")}
+    outcome = bench_mixers(
+        **arguments, progress=lambda line: console.print(line, style="dim", highlight=False)
+    )
+    print_table(outcome.records, console)
+    for line in outcome.refused:
+        console.print(f"not timed: {line}", style="red", markup=False, highlight=False)
     _say_where(arguments["output"])
     return 1 if outcome.refused else 0
 
@@ -153,6 +195,7 @@ def _plot_parser() -> ArgumentParser:
         "and measured latency."
     )
     parser.add_argument("records", metavar="RECORDS", type=str, nargs="+", help="JSON Lines files")
+    parser.add_argument("--name", type=str | None, default=None, help="only this operator")
     parser.add_argument("--dtype", type=Dtype | None, default=None, help="only this data type")
     parser.add_argument("--mode", type=str | None, default=None, help="only this mode")
     parser.add_argument("--output", "-o", type=str, required=True, help="such as operators.png")
@@ -164,7 +207,11 @@ def _run_plot(config: Namespace) -> None:
 
     records = [r for path in config.records for r in record.read(path)]
     records = [
-        r for r in records if config.dtype in (None, r.dtype) and config.mode in (None, r.mode)
+        r
+        for r in records
+        if all(
+            getattr(config, what) in (None, getattr(r, what)) for what in ("name", "dtype", "mode")
+        )
     ]
     if any(r.kind == "operator" for r in records):
         plot.plot_operators(records, config.output)
@@ -181,6 +228,17 @@ def _add_place(parser: ArgumentParser, threads: int | None) -> None:
     parser.add_argument("--threads", type=PositiveInt, default=threads, help="of torch, on the CPU")
 
 
+def _output(config: Namespace, name: str) -> str:
+    """Where records go: as asked for, or to the folder of this machine."""
+    from vitarium.benchmarks import record
+    from vitarium.benchmarks.arguments import device_named
+
+    if config.output is not None:
+        return config.output
+    root = RESULTS if RESULTS.is_dir() else RUNS
+    return str(root / record.this_machine(device_named(config.device)).slug / name)
+
+
 def _say_where(path: str) -> None:
     print(f"records: {path}")
 
@@ -188,5 +246,6 @@ def _say_where(path: str) -> None:
 _WHAT = {
     "models": (_models_parser, _run_models, "models side by side"),
     "ops": (_operators_parser, _run_operators, "operators against floor and peers"),
+    "mixers": (_mixers_parser, _run_mixers, "mixers against timm's modules"),
     "plot": (_plot_parser, _run_plot, "a picture of records"),
 }

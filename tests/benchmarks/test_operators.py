@@ -147,7 +147,12 @@ def test_records_and_going_on(small_suite, tmp_path):
 
     lines = []
     both = bench_operators(
-        [NAME], modes=["forward", "training"], output=output, progress=lines.append, minutes=0.0, **QUICK
+        [NAME],
+        modes=["forward", "training"],
+        output=output,
+        progress=lines.append,
+        minutes=0.0,
+        **QUICK,
     )
     assert lines == [f"{NAME} small float32 forward: recorded before"]
     assert both.records == first.records and both.remaining == 1

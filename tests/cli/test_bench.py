@@ -5,6 +5,8 @@ import pytest
 from vitarium.benchmarks import record
 from vitarium.cli.main import main
 
+NAME = "neighborhood_attention"
+
 
 def test_words_are_models_unless_the_first_says_otherwise(tmp_path, capsys):
     output = tmp_path / "models.jsonl"
@@ -22,7 +24,7 @@ def test_words_are_models_unless_the_first_says_otherwise(tmp_path, capsys):
 
 def test_operators_and_their_picture(tmp_path, capsys):
     output, picture = tmp_path / "operators.jsonl", tmp_path / "operators.png"
-    command = ["bench", "ops", "--device", "cpu", "--match", "7x7", "--modes", "forward"]
+    command = ["bench", "ops", NAME, "--device", "cpu", "--match", "7x7", "--modes", "forward"]
     command += ["--dtypes", "float32", "--peers", "gather", "--batch-size", "1"]
     command += ["--seconds", "0", "--output", str(output)]
     assert main(command) == 0
@@ -30,14 +32,28 @@ def test_operators_and_their_picture(tmp_path, capsys):
     assert "recorded before" in capsys.readouterr().out
     records = record.read(output)
     assert {r.implementation for r in records} == {"torch", "gather", "floor"}
-    assert main(["bench", "plot", str(output), "-o", str(picture), "--dtype", "float32"]) == 0
+    assert (
+        main(
+            ["bench", "plot", str(output), "-o", str(picture), "--dtype", "float32", "--name", NAME]
+        )
+        == 0
+    )
     assert picture.stat().st_size > 10_000
     assert main(["bench", "plot", str(output), "-o", str(picture), "--dtype", "float16"]) == 1
 
 
+def test_mixers(tmp_path, capsys):
+    output = tmp_path / "mixers.jsonl"
+    command = ["bench", "mixers", "window", "--match", "7x7 C 512", "--dtypes", "float32"]
+    command += ["--modes", "forward", "--batch-size", "1", "--seconds", "0", "--device", "cpu"]
+    assert main([*command, "--output", str(output)]) == 0
+    assert "timm_sdpa" in capsys.readouterr().out
+    assert {r.kind for r in record.read(output)} == {"mixer"}
+
+
 def test_operators_write_where_results_are_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = ["bench", "ops", "--device", "cpu", "--match", "7x7", "--modes", "forward"]
+    command = ["bench", "ops", NAME, "--device", "cpu", "--match", "7x7", "--modes", "forward"]
     command += ["--dtypes", "float32", "--peers", "--batch-size", "1", "--seconds", "0"]
     folder = record.this_machine("cpu").slug
     assert main(command) == 0
@@ -57,7 +73,7 @@ def test_operators_write_where_results_are_kept(tmp_path, monkeypatch):
         (["resnet18", "--bach-size", "2"], 2, "bach-size"),
         (["models"], 2, "required"),
         ([], 2, "what"),
-        (["ops", "attention"], 1, "operator='attention' is unknown"),
+        (["ops", "attentoin"], 1, "operator='attentoin' is unknown"),
         (["ops", "--modes", "both"], 2, "modes"),
         (["ops", "--peers", "flash"], 1, "peer='flash' is unknown"),
         (["plot", "no/such.jsonl", "-o", "x.png"], 1, "no/such.jsonl"),
@@ -70,7 +86,13 @@ def test_bad_input_is_one_clear_error(arguments, status, message, capsys):
 
 
 def test_help_of_every_word(capsys):
-    for words in (["--help"], ["models", "--help"], ["ops", "--help"], ["plot", "--help"]):
+    for words in (
+        ["--help"],
+        ["models", "--help"],
+        ["ops", "--help"],
+        ["plot", "--help"],
+        ["mixers", "--help"],
+    ):
         with pytest.raises(SystemExit) as done:
             main(["bench", *words])
         assert done.value.code == 0

@@ -210,23 +210,21 @@ class AggregatedAttention(Mixer, name="aggregated"):
 
     def _weights(self, call: dispatch.Call, wanted: Tensor) -> Tensor:
         """The window's weights, and the pooled keys' spread over what was pooled."""
-        weights = super()._weights(call, wanted)
         query, key, value, pooled_key, pooled_value, *rest = call.args
+        pooled_size = self._pooled_size(*wanted.shape[-2:])
         with torch.enable_grad():
-            values = torch.zeros_like(value[..., :1])
-            pooled = torch.ones_like(pooled_value[..., :1]).requires_grad_()
-            output = call.implementations["reference"].run(
-                query, key, values, pooled_key, pooled, *rest
+            value, pooled_value, positions = (
+                torch.ones_like(x).requires_grad_()
+                for x in (value[..., :1], pooled_value[..., :1], value[..., 0].movedim(-1, 1))
             )
-            (far,) = torch.autograd.grad(
-                output, pooled, wanted.movedim(1, -1)[..., None].expand_as(output)
-            )
-            positions = torch.zeros_like(weights).requires_grad_()
-            pooled = F.adaptive_avg_pool2d(positions, self._pooled_size(*wanted.shape[-2:]))
-            (spread,) = torch.autograd.grad(
-                pooled, positions, far[..., 0].transpose(1, 2).reshape(pooled.shape)
-            )
-        return weights + spread
+            run = call.implementations["reference"].run
+            output = run(query, key, value, pooled_key, pooled_value, *rest)
+            pooled = F.adaptive_avg_pool2d(positions, pooled_size)
+        wanted = wanted.movedim(1, -1)[..., None].expand_as(output)
+        near, far = torch.autograd.grad(output, (value, pooled_value), wanted)
+        far = far[..., 0].transpose(1, 2).unflatten(-1, pooled_size)
+        (spread,) = torch.autograd.grad(pooled, positions, far)
+        return near[..., 0].movedim(-1, 1) + spread
 
     def extra_repr(self) -> str:
         """What the parameters' shapes do not say."""

@@ -2,10 +2,17 @@
 
 from vitarium.ops.aggregated import aggregated_attention
 from vitarium.ops.aggregated_mixers import AggregatedAttention
+from vitarium.ops.bilevel_mixers import (
+    AttentionLePE,
+    BiLevelRoutingAttention,
+    BiLevelRoutingAttentionNCHW,
+)
+from vitarium.ops.bilevel_routing import bilevel_routing_attention, route
+from vitarium.ops.attention import attention
 from vitarium.ops.crossformer import DynamicPositionBias, LongShortDistanceAttention
 from vitarium.ops.dispatch import BACKENDS, OPERATORS, Case, backend
 from vitarium.ops.halo import HaloAttention, OverlappingCrossAttention
-from vitarium.ops.mixer import MIXERS, Mixer, build_mixer
+from vitarium.ops.mixer import MIXERS, Mixer, build_mixer, qkv_heads
 from vitarium.ops.multi_axis import MultiAxisAttention
 from vitarium.ops.neighborhood import (
     GlobalAttention,
@@ -16,6 +23,11 @@ from vitarium.ops.window import window_attention
 from vitarium.ops.window_mixers import GridAttention, WindowAttention
 
 __all__ = [
+    "route",
+    "bilevel_routing_attention",
+    "BiLevelRoutingAttentionNCHW",
+    "BiLevelRoutingAttention",
+    "AttentionLePE",
     "BACKENDS",
     "MIXERS",
     "OPERATORS",
@@ -32,8 +44,10 @@ __all__ = [
     "OverlappingCrossAttention",
     "WindowAttention",
     "aggregated_attention",
+    "attention",
     "backend",
     "build_mixer",
     "neighborhood_attention",
+    "qkv_heads",
     "window_attention",
 ]

@@ -2,13 +2,13 @@
 
 from vitarium.ops.aggregated import aggregated_attention
 from vitarium.ops.aggregated_mixers import AggregatedAttention
+from vitarium.ops.attention import attention
 from vitarium.ops.bilevel_mixers import (
     AttentionLePE,
     BiLevelRoutingAttention,
     BiLevelRoutingAttentionNCHW,
 )
 from vitarium.ops.bilevel_routing import bilevel_routing_attention, route
-from vitarium.ops.attention import attention
 from vitarium.ops.crossformer import DynamicPositionBias, LongShortDistanceAttention
 from vitarium.ops.dispatch import BACKENDS, OPERATORS, Case, backend
 from vitarium.ops.halo import HaloAttention, OverlappingCrossAttention
@@ -23,15 +23,13 @@ from vitarium.ops.window import window_attention
 from vitarium.ops.window_mixers import GridAttention, WindowAttention
 
 __all__ = [
-    "route",
-    "bilevel_routing_attention",
-    "BiLevelRoutingAttentionNCHW",
-    "BiLevelRoutingAttention",
-    "AttentionLePE",
     "BACKENDS",
     "MIXERS",
     "OPERATORS",
     "AggregatedAttention",
+    "AttentionLePE",
+    "BiLevelRoutingAttention",
+    "BiLevelRoutingAttentionNCHW",
     "Case",
     "DynamicPositionBias",
     "GlobalAttention",
@@ -46,8 +44,10 @@ __all__ = [
     "aggregated_attention",
     "attention",
     "backend",
+    "bilevel_routing_attention",
     "build_mixer",
     "neighborhood_attention",
     "qkv_heads",
+    "route",
     "window_attention",
 ]

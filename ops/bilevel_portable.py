@@ -1,6 +1,6 @@
 """Bi-level routing attention on ordinary tensor operations: forward and backward.
 
-Some heads of some images at a time are copied region by region into buffers that stay in cache.
+Some images at a time are copied region by region into buffers that stay in cache.
 Chunks of their regions then take the rows of keys and values that they attend to, and batched
 matrix products do the rest; the backward takes the same rows again, and computes the weights again
 unless they were few enough to keep. So no more than a chunk of taken keys, values and scores
@@ -9,19 +9,18 @@ exists at a time, whatever the size of the map.
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vitarium.ops.tiles import Workspace
 
-# Bytes of the query of a unit and of a chunk of scores. On a CPU they should stay in cache;
-# elsewhere few large launches are better.
-UNIT = 1 << 20
+# Bytes of the queries of a unit of images, and of a chunk of scores. On a CPU they should stay in
+# cache; elsewhere few large launches are better.
+UNIT = 1 << 21
 SCORES = 1 << 21
 DEVICE_SCORES = 1 << 28
 KEYS_KEPT = 64  # keys of a query up to which training keeps the weights: as large as the query
@@ -54,99 +53,119 @@ def saved_shape(
     return (-(-query[..., 0].numel() * keys * query.element_size() // 4),)
 
 
-def _by_region(x: Tensor, grid: list[int], heads: int) -> Tensor:
-    """View `(B, n_y, n_x, heads, group, height, width, channels)` of a map with heads x group."""
+def _by_region(x: Tensor, grid: Sequence[int], heads: int) -> Tensor:
+    """View `(B, n_y, n_x, heads, group, height, width)` of `(B, H, W, heads x group)`."""
     x = x.unflatten(3, (heads, -1)).unflatten(2, (grid[1], -1)).unflatten(1, (grid[0], -1))
-    return x.permute(0, 1, 3, 5, 6, 2, 4, 7)
+    return x.permute(0, 1, 3, 5, 6, 2, 4)
 
 
-@dataclass(frozen=True)
-class Unit:
-    """Some key heads of some images, and the chunks of their regions.
+@functools.lru_cache(maxsize=128)
+def _order(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    grid: tuple[int, int],
+    heads: int,
+    device: torch.device,
+) -> Tensor:
+    """Where the heads of tokens `(B, H, W, num_heads)` lie, region by region.
 
-    Rows are counted by image, region and head; a row is the tokens of a region of one head.
-
-    Attributes:
-        table: `(rows, topk)`, the rows of keys that each row of queries attends to.
-        chunks: slices of the rows.
+    Copying vectors one by one from these places is much faster than a strided copy.
     """
+    place = torch.zeros((), dtype=torch.int32, device=device)
+    for size, stride in zip(shape, strides):
+        place = place[..., None] + torch.arange(size, dtype=torch.int32, device=device) * stride
+    return _by_region(place, grid, heads).flatten()
 
-    images: slice
-    heads: slice
-    table: Tensor
-    chunks: tuple[slice, ...]
 
-    def of(self, x: Tensor) -> Tensor:
-        """The unit's part of a view by region."""
-        return x[self.images, :, :, self.heads]
-
-    def per_row(self, x: Tensor) -> Tensor:
-        """`(rows, n)` of `(B, regions, n)`: heads of a region share it."""
-        x = x[self.images, :, None]
-        return x.expand(-1, -1, self.heads.stop - self.heads.start, -1).flatten(0, 2)
+@functools.lru_cache(maxsize=128)
+def _inverse_order(
+    shape: tuple[int, ...], grid: tuple[int, int], heads: int, device: torch.device
+) -> Tensor:
+    """For every head of every token of a contiguous map, where it lies region by region."""
+    strides = [math.prod(shape[i:]) for i in range(1, 5)]
+    order = _order(shape, tuple(strides), grid, heads, device)
+    index = torch.arange(len(order), dtype=torch.int32, device=device)
+    return torch.empty_like(order).index_copy_(0, order.long(), index)
 
 
 class Plan:
-    """How one call is cut up, and the buffers that its parts reuse."""
+    """How one call is cut up, and the buffers that its parts reuse.
+
+    Rows are counted by image, region and head; a row is the tokens of a region of one head.
+    """
 
     def __init__(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        weights: Tensor | None,
         routing: Tensor,
         grid: list[int],
     ) -> None:
         self.batch, self.heads, self.topk = query.shape[0], key.shape[-2], routing.shape[-1]
-        self.group = query.shape[-2] // self.heads
-        self.grid, self.regions = grid, grid[0] * grid[1]
-        self.routing, self.weights = routing, weights
-        self.queries = query.shape[1] * query.shape[2] // self.regions * self.group
+        self.grid = (grid[0], grid[1])
+        self.regions = grid[0] * grid[1]
+        self.routing = routing
+        group = query.shape[-2] // self.heads
+        self.queries = query.shape[1] * query.shape[2] // self.regions * group
         self.keys = keys_of_a_query(key, routing, grid)
         self.dtype, self.work = query.dtype, Workspace(query)
         size, cpu = query.element_size(), query.device.type == "cpu"
-        one = self.regions * self.queries * query.shape[-1] * size
         unit, scores = (UNIT, SCORES) if cpu else (DEVICE_SCORES, DEVICE_SCORES)
-        self.unit = max(1, unit // one)  # heads of images
+        one = self.heads * self.regions * self.queries * query.shape[-1] * size
+        images = max(1, unit // one)
+        self.units = [
+            slice(image, min(image + images, self.batch)) for image in range(0, self.batch, images)
+        ]
         # Taken keys and values count as much as scores.
         width = max(query.shape[-1], value.shape[-1])
         self.chunk = max(1, scores // (self.keys * max(self.queries, width) * size))
-        self.band = min(self.queries, max(32, scores // (self.keys * size)))
+        band = min(self.queries, max(32, scores // (self.keys * size)))
+        self.bands = [
+            slice(first, min(first + band, self.queries)) for first in range(0, self.queries, band)
+        ]
 
-    def view(self, x: Tensor) -> Tensor:
-        return _by_region(x, self.grid, self.heads)
+    def table(self, unit: slice) -> Tensor:
+        """`(rows, topk)`: the unit's rows of keys that each of its rows of queries attends to."""
+        device = self.routing.device
+        image = torch.arange(unit.stop - unit.start, device=device)[:, None, None]
+        table = (image * self.regions + self.routing[unit]) * self.heads
+        return (table[:, :, None] + torch.arange(self.heads, device=device)[:, None]).flatten(0, 2)
 
-    def units(self) -> Iterator[Unit]:
-        heads = min(self.heads, self.unit)
-        images = max(1, self.unit // self.heads)
-        for image, head in itertools.product(
-            range(0, self.batch, images), range(0, self.heads, heads)
-        ):
-            chosen = slice(image, min(image + images, self.batch))
-            some = slice(head, min(head + heads, self.heads))
-            count = some.stop - some.start
-            device = self.routing.device
-            first = torch.arange(chosen.stop - image, device=device)[:, None, None] * self.regions
-            table = ((first + self.routing[chosen]) * count)[:, :, None]
-            table = table + torch.arange(count, device=device)[:, None]
-            table = table.flatten(0, 2)
-            chunks = tuple(
-                slice(row, min(row + self.chunk, len(table)))
-                for row in range(0, len(table), self.chunk)
-            )
-            yield Unit(chosen, some, table, chunks)
+    def chunks(self, table: Tensor) -> list[slice]:
+        """Slices of a unit's rows."""
+        return [
+            slice(row, min(row + self.chunk, len(table)))
+            for row in range(0, len(table), self.chunk)
+        ]
 
-    def rows(self, name: str, unit: Unit, view: Tensor) -> Tensor:
-        """The unit's rows of a view by region, copied: `(rows, tokens, channels)`."""
-        part = unit.of(view)
-        buffer = self.work.take(name, part.shape, part.dtype).copy_(part)
-        return buffer.view(-1, math.prod(part.shape[4:7]), part.shape[-1])
+    def per_row(self, weights: Tensor | None, unit: slice) -> Tensor | None:
+        """`(rows, topk)` of `(B, regions, topk)`: heads of a region share it."""
+        if weights is None:
+            return None
+        shared = weights[unit, :, None].expand(-1, -1, self.heads, -1)
+        return shared.flatten(0, 2).to(self.dtype)
 
-    def put(self, rows: Tensor, unit: Unit, view: Tensor) -> None:
-        """Write rows to a view by region."""
-        target = unit.of(view)
-        target.copy_(rows.view(target.shape))
+    def rows(self, name: str, unit: slice, x: Tensor) -> Tensor:
+        """The rows `(rows, tokens, channels)` of a unit's maps `(B, H, W, num_heads, channels)`."""
+        x, width = x[unit], x.shape[-1]
+        if x.stride(-1) != 1 or any(stride % width for stride in x.stride()[:-1]):
+            x = x.contiguous()
+        places = tuple(stride // width for stride in x.stride()[:-1])
+        order = _order(tuple(x.shape[:-1]), places, self.grid, self.heads, x.device)
+        extent = 1 + sum((size - 1) * place for size, place in zip(x.shape, places))
+        vectors = x.as_strided((extent, width), (width, 1), x.storage_offset())
+        buffer = self.work.take(name, (len(order), width), x.dtype)
+        torch.index_select(vectors, 0, order, out=buffer)
+        return buffer.view(len(x) * self.regions * self.heads, -1, width)
+
+    def put(self, rows: Tensor, unit: slice, x: Tensor) -> None:
+        """Write rows to a unit's maps, which are contiguous."""
+        x, width = x[unit], x.shape[-1]
+        if rows.dtype != x.dtype:
+            rows = self.work.take("rounded", rows.shape, x.dtype).copy_(rows)
+        order = _inverse_order(tuple(x.shape[:-1]), self.grid, self.heads, x.device)
+        torch.index_select(rows.view(-1, width), 0, order, out=x.view(-1, width))
 
     def take(self, name: str, rows: Tensor, index: Tensor, weights: Tensor | None) -> Tensor:
         """`(rows of queries, keys, channels)`: the rows of keys that `(rows, topk)` names."""
@@ -158,13 +177,6 @@ class Plan:
             taken.mul_(weights.reshape(-1, 1))
         return taken.view(len(index), self.keys, rows.shape[2])
 
-    def bands(self) -> list[slice]:
-        """Slices of the queries of a row."""
-        return [
-            slice(first, min(first + self.band, self.queries))
-            for first in range(0, self.queries, self.band)
-        ]
-
     def softmax(self, query: Tensor, key: Tensor, scale: float, out: Tensor | None) -> Tensor:
         """Weights `(rows, queries, keys)`, in `out` or in a buffer."""
         shape = (*query.shape[:2], self.keys)
@@ -172,15 +184,13 @@ class Plan:
         torch.baddbmm(out, query, key.mT, beta=0, alpha=scale, out=out)
         return torch._softmax(out, -1, False, out=out)
 
-    def kept(self, saved: Tensor, unit: Unit) -> Tensor | None:
+    def kept(self, saved: Tensor, unit: slice) -> Tensor | None:
         """Where the unit's weights are kept, `(rows, queries, keys)`: a part of `saved`."""
         if not saved.numel():
             return None
-        row = self.queries * self.keys
-        images, heads = unit.images, unit.heads
-        first = images.start * self.heads + heads.start * (images.stop - images.start)
-        flat = saved.view(self.dtype).narrow(0, first * self.regions * row, len(unit.table) * row)
-        return flat.view(-1, self.queries, self.keys)
+        image = self.regions * self.heads * self.queries * self.keys
+        kept = saved.view(self.dtype)[unit.start * image : unit.stop * image]
+        return kept.view(-1, self.queries, self.keys)
 
 
 def forward(
@@ -198,28 +208,26 @@ def forward(
     Arguments as `vitarium.ops.bilevel_routing_attention` takes them; `training`: whether a
     backward may follow.
     """
-    plan = Plan(query, key, value, weights, routing, grid)
-    check_range(routing, plan.regions)
+    check_range(routing, grid[0] * grid[1])
+    plan = Plan(query, key, value, routing, grid)
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     saved = query.new_empty(saved_shape(query, key, routing, grid, training), dtype=torch.float32)
-    views = [plan.view(x) for x in (query, key, value)]
-    result = plan.view(output)
-    for unit in plan.units():
-        q_rows, k_rows, v_rows = (
-            plan.rows(name, unit, view) for name, view in zip(("query", "key", "value"), views)
-        )
+    for unit in plan.units:
+        q_rows = plan.rows("query", unit, query)
+        k_rows = plan.rows("key", unit, key)
+        v_rows = plan.rows("value", unit, value)
         out = plan.work.take("output", (*q_rows.shape[:2], v_rows.shape[2]), plan.dtype)
-        soft = None if weights is None else unit.per_row(weights).to(plan.dtype)
+        table, soft = plan.table(unit), plan.per_row(weights, unit)
         kept = plan.kept(saved, unit)
-        for chunk in unit.chunks:
-            index, factor = unit.table[chunk], None if soft is None else soft[chunk]
+        for chunk in plan.chunks(table):
+            index, factor = table[chunk], None if soft is None else soft[chunk]
             k = plan.take("taken key", k_rows, index, factor)
             v = plan.take("taken value", v_rows, index, factor)
-            for band in plan.bands():
+            for band in plan.bands:
                 target = None if kept is None else kept[chunk, band]
                 p = plan.softmax(q_rows[chunk, band], k, scale, target)
                 torch.bmm(p, v, out=out[chunk, band])
-        plan.put(out, unit, result)
+        plan.put(out, unit, output)
     plan.work.close()
     return output, saved
 
@@ -241,34 +249,31 @@ def backward(
 
     Sums over regions that attend to the same keys are kept in float32 at least.
     """
-    plan = Plan(query, key, value, weights, routing, grid)
+    plan = Plan(query, key, value, routing, grid)
     work, dtype = plan.work, plan.dtype
     wide = torch.promote_types(dtype, torch.float32)
     grads = [x.new_empty(x.shape) for x in (query, key, value)]
-    views = [plan.view(x) for x in (query, key, value, grad, *grads)]
-    grad_soft = None
-    if weights_need_grad:
-        grad_soft = weights.new_zeros(weights.shape, dtype=wide)
-    for unit in plan.units():
-        q_rows, k_rows, v_rows, g_rows = (
-            plan.rows(name, unit, view)
-            for name, view in zip(("query", "key", "value", "grad"), views)
-        )
+    grad_weights = weights.new_zeros(weights.shape, dtype=wide) if weights_need_grad else None
+    for unit in plan.units:
+        q_rows = plan.rows("query", unit, query)
+        k_rows = plan.rows("key", unit, key)
+        v_rows = plan.rows("value", unit, value)
+        g_rows = plan.rows("grad", unit, grad)
         q_total = work.take("grad query", q_rows.shape, dtype)
         k_total = work.take("key total", k_rows.shape, wide).zero_()
         v_total = work.take("value total", v_rows.shape, wide).zero_()
-        soft = None if weights is None else unit.per_row(weights).to(dtype)
+        table, soft = plan.table(unit), plan.per_row(weights, unit)
         kept = plan.kept(saved, unit)
         sums = None
-        if grad_soft is not None:
-            sums = work.take("grad weights", unit.table.shape, wide).zero_()
-        for chunk in unit.chunks:
-            index, factor = unit.table[chunk], None if soft is None else soft[chunk]
+        if grad_weights is not None:
+            sums = work.take("grad weights", table.shape, wide).zero_()
+        for chunk in plan.chunks(table):
+            index, factor = table[chunk], None if soft is None else soft[chunk]
             k = plan.take("taken key", k_rows, index, factor)
             v = plan.take("taken value", v_rows, index, factor)
             grad_k = work.take("grad key", k.shape, dtype)
             grad_v = work.take("grad value", v.shape, dtype)
-            for band in plan.bands():
+            for band in plan.bands:
                 q, g = q_rows[chunk, band], g_rows[chunk, band]
                 beta = 0 if band.start == 0 else 1
                 p = plan.softmax(q, k, scale, None) if kept is None else kept[chunk, band]
@@ -289,12 +294,11 @@ def backward(
                 if dtype != wide:
                     part = work.take("wide", part.shape, wide).copy_(part)
                 total.view(-1, part.shape[1]).index_add_(0, index.flatten(), part)
-        for total, view in zip((q_total, k_total, v_total), views[4:]):
-            plan.put(total, unit, view)
-        if grad_soft is not None:
-            per_head = sums.view(-1, plan.regions, unit.heads.stop - unit.heads.start, plan.topk)
-            grad_soft[unit.images] += per_head.sum(2)
+        for total, x in zip((q_total, k_total, v_total), grads):
+            plan.put(total, unit, x)
+        if grad_weights is not None:
+            grad_weights[unit] = sums.view(-1, plan.regions, plan.heads, plan.topk).sum(2)
     work.close()
-    if grad_soft is not None:
-        grad_soft = grad_soft.to(weights.dtype)
-    return *grads, grad_soft, None
+    if grad_weights is not None:
+        grad_weights = grad_weights.to(weights.dtype)
+    return *grads, grad_weights, None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vitarium.ops import dispatch
 from vitarium.ops.mixer import Mixer, qkv_heads
 from vitarium.ops.window import NAME, window_attention
+from vitarium.ops.window_mixers import check_context
 
 
 class HaloAttention(Mixer, name="halo"):
@@ -50,6 +51,7 @@ class HaloAttention(Mixer, name="halo"):
 
     paper = "HaloNet (arXiv 2103.12731)"
     operator = NAME
+    cross = True
     examples = (
         {"dim": 32, "num_heads": 2, "block_size": 4, "halo_size": 2},
         {"dim": 24, "num_heads": 3, "block_size": 3, "halo_size": 1, "dim_head": 4},
@@ -100,7 +102,8 @@ class HaloAttention(Mixer, name="halo"):
         """Side of what a query sees."""
         return self.block_size + 2 * self.halo_size
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        check_context(self, x, context)
         height, width = x.shape[1:3]
         after = [-length % self.block_size for length in (height, width)]
         query = self.q(x).unflatten(-1, (self.num_heads, -1))
@@ -109,7 +112,11 @@ class HaloAttention(Mixer, name="halo"):
         logits = self.pos_embed(query, self.block_size)
         query = torch.cat([content, *logits], dim=-1)
 
-        key_value = _surround(self.kv(x).unflatten(-1, (self.num_heads, -1)), self.halo_size, after)
+        key_value = _surround(
+            self.kv(x if context is None else context).unflatten(-1, (self.num_heads, -1)),
+            self.halo_size,
+            after,
+        )
         key, value = key_value.split([self.dim_head, self.dim // self.num_heads], dim=-1)
         window = self.window_size
         row, column = (
@@ -215,6 +222,7 @@ class OverlappingCrossAttention(Mixer, name="overlapping_cross"):
 
     paper = "HAT (arXiv 2205.04437)"
     operator = NAME
+    cross = True
     no_weight_decay = ("relative_position_bias_table",)
     official_names: ClassVar[dict[str, str | None]] = {r"relative_position_index(_OCA)?": None}
     examples = (
@@ -274,10 +282,11 @@ class OverlappingCrossAttention(Mixer, name="overlapping_cross"):
         table = self.relative_position_bias_table.roll((overlap_window - 2) * (side + 1), 0)
         return table.T.unflatten(1, (side, side))
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        check_context(self, x, context)
         height, width = x.shape[1:3]
         after = [-length % self.window_size for length in (height, width)]
-        query, key, value = qkv_heads(self.qkv, x, self.num_heads)
+        query, key, value = qkv_heads(self.qkv, x, self.num_heads, context)
         output = window_attention(
             _surround(query, 0, after),
             _surround(key, self.halo_size, after),

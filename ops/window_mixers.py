@@ -207,6 +207,7 @@ class WindowAttention(Mixer, name="window"):
         return table.T.unflatten(1, [2 * size - 1 for size in window_size]).flip(1, 2)
 
     def mix(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        check_context(self, x, context)
         layout = self.layout(*x.shape[1:3])
         output = window_attention(
             *self._project(x, context, layout),
@@ -321,6 +322,15 @@ def query_minus_key(window_size: Pair, like: Tensor) -> Tensor:
         for size in window_size
     ]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+
+
+def check_context(mixer: Mixer, x: Tensor, context: Tensor | None) -> None:
+    """Raises ValueError if the second map, where there is one, is of another size."""
+    if context is not None and context.shape[1:3] != x.shape[1:3]:
+        raise ValueError(
+            f"{type(mixer).__name__}: context has the map {tuple(context.shape[1:3])}; allowed is "
+            f"that of x, {tuple(x.shape[1:3])}, whose windows it shares"
+        )
 
 
 def pair(entries: Iterable[int]) -> Pair:

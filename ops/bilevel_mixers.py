@@ -269,11 +269,14 @@ class BiLevelRoutingAttentionNCHW(BiLevelRoutingAttention, name="bilevel_routing
             num_heads=num_heads,
             n_win=n_win,
             qk_scale=qk_scale,
-            topk=topk,
             side_dwconv=side_dwconv,
+            topk=1,
             device=device,
             dtype=dtype,
         )
+        if topk < 1:
+            raise ValueError(f"{type(self).__name__}: topk={topk} must be at least 1")
+        self.topk = topk  # of as many regions as there are on the map at hand
 
     def _region(self, height: int, width: int) -> tuple[int, int]:
         """Tokens of a region along (H, W)."""

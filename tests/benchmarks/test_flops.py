@@ -91,7 +91,7 @@ def test_counting_leaves_the_model_and_the_operators_alone():
 
 
 def test_every_custom_operator_has_a_formula():
-    names = {f"vitarium::{name}" for name in OPERATORS}
+    names = {f"vitarium::{n}" for n, operator in OPERATORS.items() if operator.operation}
     assert names <= dispatch.FLOP_FORMULAS.keys()
 
 

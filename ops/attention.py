@@ -11,11 +11,12 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitarium.ops import dense, dispatch
 from vitarium.ops.differentiable import Differentiable
-from vitarium.ops.dispatch import Case, Operator
+from vitarium.ops.dispatch import Case, Implementation, Operator
 
 NAME = "attention"
 
@@ -141,23 +142,77 @@ def _reference(
     bias: Tensor | None,
     is_causal: bool,
     scale: float,
-    *_: Any,
+    training: bool,
 ) -> Tensor:
+    return attend(query, key, value, bias, is_causal, scale, bias is not None)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    hides: bool,
+) -> Tensor:
+    """The definition; `hides`: the bias may hide all keys of a query."""
     shape = query.shape
+    heads = query.shape[-2]
     query, key, value = dense.flat(query), dense.flat(key), dense.flat(value)
-    group = query.shape[1] // key.shape[1]
-    if group > 1:
-        key, value = (tensor.repeat_interleave(group, 1) for tensor in (key, value))
-    scores = query @ key.transpose(-1, -2) * scale
+    key, value = dense.repeat_heads(key, heads), dense.repeat_heads(value, heads)
+    scores = query * scale @ key.transpose(-1, -2)
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
     if is_causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(later, -math.inf)
-    # Softmax of a row of nothing but -inf would be NaN.
-    hidden = (scores == -math.inf).all(-1, keepdim=True)
-    weights = scores.masked_fill(hidden, 0).softmax(-1).masked_fill(hidden, 0)
-    return (weights @ value).transpose(1, 2).reshape(*shape[:-1], value.shape[-1])
+    if hides:  # softmax of nothing but -inf would be NaN
+        hidden = (scores == -math.inf).all(-1, keepdim=True)
+        weights = scores.masked_fill(hidden, 0).softmax(-1).masked_fill(hidden, 0)
+    else:
+        weights = scores.softmax(-1)
+    output = (weights @ value).transpose(1, 2).contiguous()
+    return output.view(*shape[:-1], value.shape[-1])
+
+
+# --- the portable path ---------------------------------------------------------------------------
+
+# Scores of a call up to which ordinary operations are as fast as any, in half precision and not.
+SMALL = (1 << 22, 1 << 20)
+
+
+def _torch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    training: bool,
+) -> Tensor:
+    args = (query, key, value, bias, is_causal, scale, training)
+    if dispatch.plain_aten():
+        return _reference(*args)
+    chosen = dense.way(query, key, value, bias, None, is_causal, training)
+    learns_bias = training and bias is not None and bias.requires_grad
+    if chosen == "flash" and not learns_bias:
+        if bias is not None:  # only with four dimensions it does not take its slow path
+            bias = bias.to(query.dtype) if bias.dim() == 4 else bias.to(query.dtype)[None]
+        output = F.scaled_dot_product_attention(
+            dense.flat(query),
+            *(dense.repeat_heads(dense.flat(t), query.shape[-2]) for t in (key, value)),
+            bias,
+            is_causal=is_causal,
+            scale=scale,
+        )
+        return output.transpose(1, 2).contiguous().view(*query.shape[:-1], value.shape[-1])
+    scores = query.shape[0] * query.shape[-2] * dense.tokens(query) * dense.tokens(key)
+    small = scores <= SMALL[query.element_size() > 2] and query.device.type == "cpu"
+    if small and not torch.compiler.is_compiling():
+        hides = bias is not None and dense.has_infinities(bias)
+        return attend(query, key, value, bias, is_causal, scale, hides)
+    return _OPERATION(*args, fused=False)
 
 
 # --- the custom operator -------------------------------------------------------------------------
@@ -267,9 +322,10 @@ def triton_refuses(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | 
     return dispatch.triton_refuses(query)
 
 
-_IMPLEMENTATIONS = _OPERATION.implementations(
-    reference=_reference, plain=_reference, refuses=triton_refuses
-)
+_IMPLEMENTATIONS = {
+    **_OPERATION.implementations(reference=_reference, plain=_reference, refuses=triton_refuses),
+    "torch": Implementation(_torch),
+}
 
 
 # --- test cases ----------------------------------------------------------------------------------

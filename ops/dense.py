@@ -42,7 +42,12 @@ def tokens(x: Tensor) -> int:
 
 def flat(x: Tensor) -> Tensor:
     """`(B, *spatial, heads, channels)` as `(B, heads, tokens, channels)`."""
-    return x.flatten(1, -3).transpose(1, 2)
+    return (x if x.dim() == 4 else x.flatten(1, -3)).transpose(1, 2)
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """`(B, heads_kv, ...)` with every head as often as it takes for `heads`."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def _gathers(query: Tensor, key: Tensor, active: Tensor | None) -> bool:
@@ -195,6 +200,19 @@ def _chunks(
 # --- weights -------------------------------------------------------------------------------------
 
 
+def has_infinities(bias: Tensor) -> bool:
+    """Whether a bias may hide keys; on devices that would have to wait for the answer, it may."""
+    return bias.device.type != "cpu" or not math.isfinite(bias.detach().sum())
+
+
+def hidden_queries(bias: Tensor, is_causal: bool) -> Tensor:
+    """The queries that see no key, `(..., N, 1)`: the softmax of their scores would be NaN."""
+    if is_causal:
+        later = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).triu(1)
+        bias = bias.masked_fill(later, -math.inf)
+    return bias.amax(-1, keepdim=True) == -math.inf
+
+
 class Scores:
     """Scores of a call and what is added to them: bias and causal mask."""
 
@@ -205,13 +223,8 @@ class Scores:
         if bias is None:
             return
         self.bias = bias.to(like.dtype) if bias.dim() == 4 else bias.to(like.dtype)[None]
-        seen = self.bias
-        if is_causal:
-            later = torch.ones(seen.shape[-2:], dtype=torch.bool, device=seen.device).triu(1)
-            seen = seen.masked_fill(later, -math.inf)
-        hidden = seen.amax(-1, keepdim=True) == -math.inf
-        if like.device.type != "cpu" or bool(hidden.any()):
-            self.hidden = hidden  # queries that see no key
+        if has_infinities(bias):
+            self.hidden = hidden_queries(self.bias, is_causal)
 
     def weights(self, chunk: Chunk, band: Band, q: Tensor, k: Tensor, out: Tensor) -> Tensor:
         """Softmax of a band's scores into `out`, `(images and heads, queries, keys)`."""
@@ -297,9 +310,7 @@ def _flash_operands(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The fused attention takes any strides for all dimensions but the last, and a 4-D bias."""
     query, key, value = map(_unit_stride, operands)
-    group = query.shape[1] // key.shape[1]
-    if group > 1:
-        key, value = (tensor.repeat_interleave(group, 1) for tensor in (key, value))
+    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     if bias is not None:
         bias = _unit_stride(bias.to(query.dtype))
         bias = bias if bias.dim() == 4 else bias[None]
@@ -519,10 +530,11 @@ def _backward_products(
 def _add_bias(chunk: Chunk, total: Tensor, band: Band, grad: Tensor) -> None:
     """Add the gradient of scores to that of the bias, summed where the bias is broadcast."""
     grad = grad.view(*chunk.pair, *grad.shape[1:])
-    for dim in (0, 1):
-        if total.shape[dim] < grad.shape[dim]:
-            grad = grad.sum(dim, keepdim=True, dtype=total.dtype)
+    if total.shape[1] < grad.shape[1]:
+        grad = grad.sum(1, keepdim=True, dtype=total.dtype)
     if isinstance(band, slice):
-        rows(total, band).add_(grad)
+        target = rows(total, band)
+        for images in [grad] if target.shape[0] > 1 else grad.split(1):
+            target.add_(images)  # faster than a sum of half precision
     else:
         total.index_add_(2, band, grad.to(total.dtype))

@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 the Triton kernels take part on a CPU.
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -319,3 +320,50 @@ def test_backend_is_never_silently_another(operator: Operator) -> None:
     assert torch.equal(forced, named)
     with pytest.raises(ValueError, match="backend='fast' is unknown"), backend("fast"):
         pass
+
+
+def _plainest(operator: Operator) -> Case:
+    """A case with few tensors and without unusual arguments, but more than one token."""
+    return min(
+        (case for case in operator.cases if case.shapes["query"][0] and "one" not in case.note),
+        key=lambda case: (len(case.shapes), len(case.kwargs)),
+    )
+
+
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+def test_context_is_of_the_size_it_says(operator: Operator) -> None:
+    """Cross attention: keys of other tokens always; of more tokens where the operator says so."""
+    case = _plainest(operator)
+    tensors = draw(case)
+    expected = run(operator, case, None, tensors)["output"]
+    other = {**tensors, "key": tensors["key"].flip(1).contiguous(), "value": tensors["value"] + 1}
+    assert not torch.allclose(run(operator, case, None, other)["output"], expected)
+    longer = {
+        name: torch.cat([tensor, tensor], 1) if name in ("key", "value") else tensor
+        for name, tensor in tensors.items()
+    }
+    if operator.context == "any size":
+        output = run(operator, case, None, longer)["output"]
+        torch.testing.assert_close(output, expected)  # everything twice changes no weighted mean
+    else:
+        assert operator.context == "same size"
+        with pytest.raises(ValueError, match="key has shape|batch and spatial"):
+            run(operator, case, None, longer)
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [o for o in OPERATORS.values() if "is_causal" in inspect.signature(o.function).parameters],
+    ids=lambda operator: operator.name,
+)
+def test_causal_outputs_do_not_see_later_tokens(operator: Operator) -> None:
+    case = _plainest(operator)
+    tensors = draw(case)
+    kwargs = {**case.kwargs, "is_causal": True}
+    later = {name: tensors[name].clone() for name in ("key", "value")}
+    for tensor in later.values():
+        tensor[:, -1] += 1
+    before = operator.function(**tensors, **kwargs)
+    after = operator.function(**{**tensors, **later}, **kwargs)
+    assert torch.equal(before[:, :-1], after[:, :-1])
+    assert not torch.allclose(before[:, -1], after[:, -1])

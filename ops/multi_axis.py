@@ -128,13 +128,11 @@ class MultiAxisAttention(Mixer, name="multi_axis"):
         grid = GridAttention(
             dim, grid_size=window_size if grid_size is None else grid_size, **attention
         )
-        windows = None
-        if not no_block_attn:
-            windows = WindowAttention(dim, window_size=window_size, **attention)
+        windows = WindowAttention(dim, window_size=window_size, **attention)
         if parallel:
             self.attn_parallel = _Block(dim, _SideBySide(windows, grid), **block)
         else:
-            self.attn_block = _Block(dim, windows, **block) if windows else nn.Identity()
+            self.attn_block = nn.Identity() if no_block_attn else _Block(dim, windows, **block)
             self.attn_grid = _Block(dim, grid, **block)
         self.parallel = parallel
 
@@ -148,6 +146,7 @@ class MultiAxisAttention(Mixer, name="multi_axis"):
             return super().attention_map(x, query)
         x = self.attn_parallel.norm1(x)
         attn = self.attn_parallel.attn
+        assert isinstance(attn, _SideBySide)
         maps = [part.attention_map(x, query) for part in (attn.attn_block, attn.attn_grid)]
         return torch.cat(maps, dim=1)
 

@@ -311,7 +311,7 @@ class LogOffsetBias(nn.Module):
 
     def forward(self, window_size: Pair) -> Tensor:
         """The bias `(num_heads, 2 * h - 1, 2 * w - 1)` of every key minus query in a window."""
-        offsets = query_minus_key(window_size, self.mlp.fc1.weight)
+        offsets = query_minus_key(window_size, next(self.parameters()))
         return self.mlp(offsets.sign() * offsets.abs().log1p()).permute(2, 0, 1)
 
 

@@ -135,7 +135,7 @@ def _check_bias(name: str, bias: Any, query: Tensor, key: Tensor) -> None:
 # --- the definition ------------------------------------------------------------------------------
 
 
-def _reference(
+def reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -182,7 +182,7 @@ def attend(
 SMALL = (1 << 22, 1 << 20)
 
 
-def _torch(
+def portable(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -191,9 +191,10 @@ def _torch(
     scale: float,
     training: bool,
 ) -> Tensor:
+    """What is fastest where the kernels do not run."""
     args = (query, key, value, bias, is_causal, scale, training)
     if dispatch.plain_aten():
-        return _reference(*args)
+        return reference(*args)
     chosen = dense.way(query, key, value, bias, None, is_causal, training)
     learns_bias = training and bias is not None and bias.requires_grad
     if chosen == "flash" and not learns_bias:
@@ -323,8 +324,8 @@ def triton_refuses(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | 
 
 
 _IMPLEMENTATIONS = {
-    **_OPERATION.implementations(reference=_reference, plain=_reference, refuses=triton_refuses),
-    "torch": Implementation(_torch),
+    **_OPERATION.implementations(reference=reference, plain=reference, refuses=triton_refuses),
+    "torch": Implementation(portable),
 }
 
 
@@ -370,4 +371,6 @@ CASES = (
     _case("no images", (4, 4), batch=0, bias=(1,)),
 )
 
-OPERATOR = Operator(NAME, attention, _IMPLEMENTATIONS, CASES)
+OPERATOR = Operator(
+    NAME, attention, _IMPLEMENTATIONS, CASES, operation=_OPERATION, context="any size"
+)

@@ -50,8 +50,9 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
-def _gathers(query: Tensor, key: Tensor, active: Tensor | None) -> bool:
-    return active is not None and tokens(query) * tokens(key) > GATHERING_PAYS
+def gathering_pays(query: Tensor, key: Tensor) -> bool:
+    """Whether leaving out queries is faster than computing them all."""
+    return tokens(query) * tokens(key) > GATHERING_PAYS
 
 
 def way(
@@ -67,7 +68,6 @@ def way(
 
     "kept" is "products" that returns the weights for the backward.
     """
-    gathers = _gathers(query, key, active)
     scores = tokens(query) * tokens(key)
     if query.shape[0] * scores == 0:
         return "nothing"
@@ -75,11 +75,11 @@ def way(
         query.dtype == torch.float32
         and query.shape[-1] == value.shape[-1]
         and query.device.type == "cpu"
-        and not (is_causal and (bias is not None or gathers))
+        and not (is_causal and (bias is not None or active is not None))
     ):
         return "flash"
     total = query.shape[0] * query.shape[-2] * scores * query.element_size()
-    if training and not gathers and (scores <= WEIGHTS_KEPT or total <= WEIGHTS_KEPT_BYTES):
+    if training and active is None and (scores <= WEIGHTS_KEPT or total <= WEIGHTS_KEPT_BYTES):
         return "kept"
     return "products"
 
@@ -277,25 +277,22 @@ def forward(
     shape = (*query.shape[:-1], value.shape[-1])
     if chosen == "nothing":
         return query.new_zeros(shape), query.new_empty(0, dtype=torch.float32)
-    if _gathers(query, key, active):
-        listed, active = active.flatten(1, -2).transpose(1, 2), None
-    else:
-        listed = None
+    active = _by_head(active)
     operands = flat(query), flat(key), flat(value)
     if chosen == "flash":
-        output, saved = _forward_flash(operands, bias, listed, is_causal, scale)
-        output = output.view(shape)
-    else:
-        output = query.new_empty(shape) if listed is None else query.new_zeros(shape)
-        saved = query.new_empty(
-            _kept_size(query, key) if chosen == "kept" else 0, dtype=torch.float32
-        )
-        kept = _kept_weights(saved, *operands[:2]) if chosen == "kept" else None
-        scores = Scores(bias, is_causal, scale, query)
-        _forward_products(scores, operands, listed, flat(output), kept)
-    if active is not None:
-        output.masked_fill_(~active[..., None], 0)
+        output, saved = _forward_flash(operands, bias, active, is_causal, scale)
+        return output.view(shape), saved
+    output = query.new_empty(shape) if active is None else query.new_zeros(shape)
+    saved = query.new_empty(_kept_size(query, key) if chosen == "kept" else 0, dtype=torch.float32)
+    kept = _kept_weights(saved, *operands[:2]) if chosen == "kept" else None
+    scores = Scores(bias, is_causal, scale, query)
+    _forward_products(scores, operands, active, flat(output), kept)
     return output, saved
+
+
+def _by_head(active: Tensor | None) -> Tensor | None:
+    """`(B, *spatial, heads)` as `(B, heads, tokens)`."""
+    return None if active is None else active.flatten(1, -2).transpose(1, 2)
 
 
 Operands = tuple[Tensor, Tensor, Tensor]
@@ -397,8 +394,7 @@ def backward(
     """
     chosen = way(query, key, value, bias, active, is_causal, training)
     heads, group = query.shape[-2], query.shape[-2] // key.shape[-2]
-    gathers = _gathers(query, key, active)
-    skips = chosen == "nothing" or gathers  # then nobody writes to all of the gradients
+    skips = chosen == "nothing" or active is not None  # nobody writes to all of the gradients
     grad_query, grad_key, grad_value = grads = [
         (tensor.new_zeros if skips else tensor.new_empty)(
             (*tensor.shape[:-2], heads, tensor.shape[-1])
@@ -410,20 +406,16 @@ def backward(
         shape = bias.shape if bias.dim() == 4 else (1, *bias.shape)
         grad_bias = bias.new_zeros(shape, dtype=torch.promote_types(bias.dtype, torch.float32))
     if chosen != "nothing":
-        listed = None
-        if gathers:
-            listed = active.flatten(1, -2).transpose(1, 2)
-        elif active is not None:
-            grad = grad.masked_fill(~active[..., None], 0)
+        active = _by_head(active)
         operands, results = tuple(map(flat, (query, key, value))), tuple(map(flat, grads))
         if chosen == "flash" and not bias_needs_grad:
             _backward_flash(
-                flat(grad), operands, bias, listed, flat(output), saved, results, is_causal, scale
+                flat(grad), operands, bias, active, flat(output), saved, results, is_causal, scale
             )
         else:
             scores = Scores(bias, is_causal, scale, query)
             kept = _kept_weights(saved, *operands[:2]) if chosen == "kept" else None
-            _backward_products(scores, flat(grad), operands, listed, kept, results, grad_bias)
+            _backward_products(scores, flat(grad), operands, active, kept, results, grad_bias)
     if group > 1:
         grad_key = grad_key.unflatten(-2, (-1, group)).sum(-2)
         grad_value = grad_value.unflatten(-2, (-1, group)).sum(-2)

@@ -13,6 +13,7 @@ from vitarium.ops.crossformer import DynamicPositionBias, LongShortDistanceAtten
 from vitarium.ops.dispatch import BACKENDS, OPERATORS, Case, backend
 from vitarium.ops.halo import HaloAttention, OverlappingCrossAttention
 from vitarium.ops.mixer import MIXERS, Mixer, build_mixer, qkv_heads
+from vitarium.ops.mixture_of_head import HeadRouter, mixture_of_head_attention
 from vitarium.ops.multi_axis import MultiAxisAttention
 from vitarium.ops.neighborhood import (
     GlobalAttention,
@@ -35,6 +36,7 @@ __all__ = [
     "GlobalAttention",
     "GridAttention",
     "HaloAttention",
+    "HeadRouter",
     "LongShortDistanceAttention",
     "Mixer",
     "MultiAxisAttention",
@@ -46,6 +48,7 @@ __all__ = [
     "backend",
     "bilevel_routing_attention",
     "build_mixer",
+    "mixture_of_head_attention",
     "neighborhood_attention",
     "qkv_heads",
     "route",

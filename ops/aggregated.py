@@ -351,7 +351,7 @@ def _case(
 
 
 CASES = (
-    _case("everything, ragged tiles", (7, 9), 6, batch=2, heads=(2, 2)),
+    _case("everything, ragged tiles", (5, 9), 6, batch=2, heads=(2, 2)),
     _case("no bias, no further weights", (5, 6), 4, optional=()),
     _case("window of five", (6, 5), 3, 5, optional=("bias", "window_weights")),
     _case("window beyond the map", (2, 3), 1, 7),
@@ -359,9 +359,24 @@ CASES = (
     _case("grouped heads", (4, 5), 4, heads=(4, 2)),
     _case("unequal widths, no powers of two", (4, 4), 4, dims=(24, 40), scale=0.5),
     _case("more pooled keys than a tile", (3, 5), 37, dims=(8, 8), scale=-0.3),
-    _case("one token", (1, 1), 1, heads=(2, 2)),
+    _case("one token", (1, 1), 1),
     _case("one row", (1, 12), 3, optional=("window_weights",)),
     _case("no images", (4, 4), 4, batch=0),
 )
 
-OPERATOR = Operator(NAME, aggregated_attention, _IMPLEMENTATIONS, CASES)
+
+def _launches() -> list[Case]:
+    """Every width, with all tensors and with none of the optional ones."""
+    return [
+        _case(
+            f"{note}, head_dim {dim}", (16, 16), 49, batch=2, heads=(2, 2), dims=(dim, dim), **extra
+        )
+        for dim in (32, 64, 128, 256)
+        for note, extra in (
+            ("everything", {}),
+            ("window of seven alone", {"optional": (), "window_size": 7}),
+        )
+    ]
+
+
+OPERATOR = Operator(NAME, aggregated_attention, _IMPLEMENTATIONS, CASES, _OPERATION, _launches())

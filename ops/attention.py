@@ -209,7 +209,7 @@ def portable(
         )
         return output.transpose(1, 2).contiguous().view(*query.shape[:-1], value.shape[-1])
     scores = query.shape[0] * query.shape[-2] * dense.tokens(query) * dense.tokens(key)
-    small = scores <= SMALL[query.element_size() > 2] and query.device.type == "cpu"
+    small = scores <= SMALL[int(query.element_size() > 2)] and query.device.type == "cpu"
     if small and not torch.compiler.is_compiling():
         hides = bias is not None and dense.has_infinities(bias)
         return attend(query, key, value, bias, is_causal, scale, hides)

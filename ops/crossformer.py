@@ -152,7 +152,9 @@ class LongShortDistanceAttention(WindowAttention, name="long_short_distance"):
         if self.square and min(height, width) <= group[0]:
             group = (min(height, width),) * 2
         elif self.lsda_flag:
-            interval = -(-height // group[0]) if self.adaptive_interval else self.interval
+            interval = self.interval
+            if self.adaptive_interval:
+                interval = (height + group[0] - 1) // group[0]
             dilation = (interval, interval)
         sizes = list(zip((height, width), group, dilation))
         lack = [-length % (size * step) for length, size, step in sizes]

@@ -278,7 +278,7 @@ class GridAttention(WindowAttention, name="grid"):
 
     def layout(self, height: int, width: int) -> Layout:
         sizes = list(zip((height, width), self.window_size))
-        dilation = pair(-(-length // size) for length, size in sizes)
+        dilation = pair((length + size - 1) // size for length, size in sizes)
         after = (0, 0)
         if self.padding != "mask":
             after = pair(

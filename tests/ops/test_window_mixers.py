@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -205,6 +206,29 @@ def test_context_has_the_windows_of_the_map() -> None:
     assert differs[2:6, 2:6].all() and differs.sum() == 16
     with pytest.raises(ValueError, match=r"context has the map \(8, 11\)"):
         mixer(x, context[:, :, 1:])
+
+
+def test_onnx_of_any_size(tmp_path: Path) -> None:
+    """Size arithmetic means the same there, where integer division rounds towards zero."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    module = GridAttention(16, num_heads=2, grid_size=3).eval()
+    path = tmp_path / "mixer.onnx"
+    auto = torch.export.Dim.AUTO
+    torch.onnx.export(
+        module,
+        (torch.randn(1, 11, 13, 16),),
+        path,
+        dynamo=True,
+        dynamic_shapes=({1: auto, 2: auto},),
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(path)
+    for size in ((11, 13), (14, 19)):
+        x = torch.randn(1, *size, 16)
+        (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(output), module(x).detach())
 
 
 def test_index_buffers_of_older_state_dicts() -> None:

@@ -163,4 +163,27 @@ CASES = (
     _case("one token", (1, 1), 7, dilation=3),
     _case("no images", (7, 7), 3, batch=0),
 )  # fmt: skip
-OPERATOR = Operator(NAME, window_attention, _ATTENTION.implementations, CASES)
+
+
+def _launches() -> list[Case]:
+    """Maps of every rank; in three dimensions, with everything, the call of most registers."""
+    found = []
+    for dim in (32, 64, 128, 256):
+        for note, spatial, window_size, extra in (
+            ("map", (56, 56), 7, {"shift": 3}),
+            ("volume", (16,) * 3, (2, 7, 7), {"dilation": 2, "shift": 1, "halo": 3}),
+            ("row", (64,), 16, {"bias": False}),
+        ):
+            note = f"{note}, head_dim {dim}"
+            found.append(_case(note, spatial, window_size, batch=2, dims=(dim, dim), **extra))
+    return found
+
+
+OPERATOR = Operator(
+    NAME,
+    window_attention,
+    _ATTENTION.implementations,
+    CASES,
+    _ATTENTION.operation,
+    _launches(),
+)

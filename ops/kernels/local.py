@@ -95,7 +95,11 @@ def _layout(window: Pattern, tile: int, *, keys: bool) -> tuple[Any, Any]:
 def _grid(
     common: dict[str, Any], windows: Sequence[Pattern], tile: Sequence[int], *, keys: bool = False
 ) -> tuple[int, dict[str, Any]]:
-    """Number of tiles of all classes, and the arguments about them; `keys` if they hold keys."""
+    """Number of tiles of all classes, and the arguments about them; `keys` if they hold keys.
+
+    In a cell of one window all queries of a tile see the same keys. So do all queries that see a
+    tile of keys, if there is no halo.
+    """
     windows = _three_windows(windows)
     layout = tuple(_layout(*pair, keys=keys) for pair in zip(windows, tile))
     counts = []
@@ -104,7 +108,13 @@ def _grid(
         span, lead = (getattr(number, "value", number) for number in (span, lead))
         counts.append(triton.cdiv(tokens + lead, span) * triton.cdiv(span, size))
     total = math.prod(counts) * math.prod(common["dilation"])
-    return total, {"layout": layout, "tiles": tuple(counts)}
+    alike = all(
+        isinstance(window, Block)
+        and cell(window, size) == window.window_size
+        and not (keys and window.halo)
+        for window, size in zip(windows, tile)
+    )
+    return total, {"layout": layout, "tiles": tuple(counts), "ALIKE": alike}
 
 
 def _config(
@@ -297,6 +307,7 @@ def _grad_bias(
     partial_sums = query.new_empty(
         (parts, heads, *key_tiles, *query_tile, *key_tile), dtype=torch.float32
     )
+    del grid["tiles"]  # the kernel counts for itself
     launch(
         local_backward.bias_kernel,
         parts * relative_tiles,
@@ -306,11 +317,11 @@ def _grad_bias(
         heads=heads,
         images=batch,
         parts=parts,
-        layout=grid["layout"],
         FIRST=tuple(begin + window.border for begin, window in zip(first, axes)),
         KEY_TILES=key_tiles,
         **common,
         **shapes,
+        **grid,
     )
     # (heads, then per axis: query in tile, key relative to the tile's first query)
     sums = partial_sums.sum(0).permute(0, 4, 1, 7, 5, 2, 8, 6, 3, 9)

@@ -39,8 +39,8 @@ from vitarium.ops.kernels.patterns import (
     mask_scores,
     query_range,
     relative_bias,
+    seen,
     tile_span,
-    windows,
     within,
 )
 
@@ -50,13 +50,13 @@ UNALIGNED = ["lengths", "dilation", "rules", "layout", "tiles", "heads", "images
 @triton.jit
 def attention_weights(
     a, b, bias, bias_strides, logsumexp, query, key, start, stop, rules, scale,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ALIKE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Softmax weights of a tile; its scores are the product of `a` and `b`, queries and keys."""
     scores = dot(a, b, None, PRECISION, UPCAST) * (scale * LOG2E)
     if bias is not None:
         scores += relative_bias(bias, bias_strides, query, key, start, stop, rules) * LOG2E
-    return tl.exp2(mask_scores(scores, key, start, stop) - logsumexp)
+    return tl.exp2(mask_scores(scores, key, start, stop, ALIKE) - logsumexp)
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def query_kernel(
     query_strides, key_strides, value_strides, bias_strides, output_strides, logsumexp_strides,
     grad_output_strides, grad_query_strides,
     lengths, dilation, rules, layout, tiles, heads, scale,  # arguments as those of forward_kernel
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, ALIKE: tl.constexpr,
     QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
@@ -122,14 +122,14 @@ def query_kernel(
     z, y, x, rest = split(rest, dilation)
     residue = (z, y, x)
     n = class_lengths(lengths, residue, dilation)
-    origin, q_first, q_stop, occupied = tile_span(tile, n, layout, QUERY_TILE)
-    if occupied:
+    origin, q_first, q_stop = tile_span(tile, n, layout, QUERY_TILE)
+    if exists(q_first, q_stop):
         head = rest % heads
         batch = rest // heads
         q_at = positions(origin, tl.arange(0, BLOCK_M), QUERY_TILE)
         q_exists = within(q_at, q_first, q_stop)
         q_at = clip(q_at, q_first, q_stop)
-        start, stop = windows(q_at, n, rules)
+        start, stop = seen(q_at, q_first, n, rules, 1, ALIKE)
         o = load_tokens(
             output, output_strides, batch, head, q_at, q_exists, residue, dilation,
             VALUE_D, BLOCK_VALUE_D, LARGE,
@@ -170,8 +170,8 @@ def query_kernel(
             )  # fmt: skip
             weights = attention_weights(
                 q, tl.trans(k), bias, bias_strides, row_logsumexp[:, None],
-                expand(q_at, 1), expand(k_at, 0), expand(start, 1), expand(stop, 1), rules,
-                scale, PRECISION, UPCAST,
+                expand(q_at, 1), expand(k_at, 0), start, stop, rules,
+                scale, ALIKE, PRECISION, UPCAST,
             )  # fmt: skip
             grad_weights = dot(grad, tl.trans(v), None, PRECISION, UPCAST)
             grad_scores = weights * (grad_weights - row_delta[:, None])
@@ -191,7 +191,7 @@ def key_value_kernel(
     lengths, dilation, rules,
     layout, tiles, heads,  # of key tiles, and key heads; the rest as in forward_kernel
     scale,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, ALIKE: tl.constexpr,
     QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
@@ -203,8 +203,8 @@ def key_value_kernel(
     z, y, x, rest = split(rest, dilation)
     residue = (z, y, x)
     n = class_lengths(lengths, residue, dilation)
-    origin, k_first, k_stop, occupied = tile_span(tile, key_lengths(n, rules), layout, KEY_TILE)
-    if occupied:
+    origin, k_first, k_stop = tile_span(tile, key_lengths(n, rules), layout, KEY_TILE)
+    if exists(k_first, k_stop):
         key_head = rest % heads
         batch = rest // heads
         k_at = positions(origin, tl.arange(0, BLOCK_N), KEY_TILE)
@@ -228,7 +228,7 @@ def key_value_kernel(
             q_at = positions(q_origin, tl.arange(0, BLOCK_M), QUERY_TILE)
             q_exists = exists(q_at, q_stop)
             q_at = clip(q_at, first, q_stop)
-            start, stop = windows(q_at, n, rules)
+            start, stop = seen(q_at, first, n, rules, 0, ALIKE)
             q, grad, row_logsumexp, row_delta = load_queries(
                 query, grad_output, logsumexp, delta,
                 query_strides, grad_output_strides, logsumexp_strides,
@@ -241,8 +241,8 @@ def key_value_kernel(
             # Transposed, keys are rows, so that both products below take the weights as they are.
             weights = attention_weights(
                 k, tl.trans(q), table, bias_strides, row_logsumexp[None, :],
-                expand(q_at, 0), expand(k_at, 1), expand(start, 0), expand(stop, 0), rules,
-                scale, PRECISION, UPCAST,
+                expand(q_at, 0), expand(k_at, 1), start, stop, rules,
+                scale, ALIKE, PRECISION, UPCAST,
             )  # fmt: skip
             v_accumulator = dot(weights.to(grad.dtype), grad, v_accumulator, PRECISION, UPCAST)
             grad_weights = dot(v, tl.trans(grad), None, PRECISION, UPCAST)
@@ -273,9 +273,9 @@ def tiles_in_reach(
         origin, stop = axis_tile(tile, n, layout, QUERY_TILE)
         first = tl.maximum(origin, 0)
         start, end = axis_union(first, stop, n, rule)
-        seen = (first < stop) & (start < origin + shift + KEY_TILE) & (end > origin + shift)
-        low = tl.where(seen, tl.minimum(low, tile), low)
-        high = tl.where(seen, tile + 1, high)
+        reached = (first < stop) & (start < origin + shift + KEY_TILE) & (end > origin + shift)
+        low = tl.where(reached, tl.minimum(low, tile), low)
+        high = tl.where(reached, tile + 1, high)
     return low, tl.maximum(high - low, 0)
 
 
@@ -289,7 +289,7 @@ def bias_kernel(
     images, parts,
     FIRST: tl.constexpr,  # first key of the first key tile minus first query, per axis
     KEY_TILES: tl.constexpr,  # per axis
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, ALIKE: tl.constexpr,
     QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
@@ -320,14 +320,14 @@ def bias_kernel(
         for step in range(part * share, tl.minimum((part + 1) * share, steps)):
             z, y, x, batch = split(step, (nz, ny, nx))
             tile = (z0 + z, y0 + y, x0 + x)
-            q_origin, q_first, q_stop, _ = tile_span(tile, n, layout, QUERY_TILE)
+            q_origin, q_first, q_stop = tile_span(tile, n, layout, QUERY_TILE)
             k_origin = (q_origin[0] + shift[0], q_origin[1] + shift[1], q_origin[2] + shift[2])
             q_at = positions(q_origin, tl.arange(0, BLOCK_M), QUERY_TILE)
             q_exists = within(q_at, q_first, q_stop)
             q_at = clip(q_at, q_first, q_stop)
             k_at = positions(k_origin, tl.arange(0, BLOCK_N), KEY_TILE)
             k_exists = within(k_at, (0, 0, 0), keys)
-            start, stop = windows(q_at, n, rules)
+            start, stop = seen(q_at, q_first, n, rules, 1, ALIKE)
             q, grad, row_logsumexp, row_delta = load_queries(
                 query, grad_output, logsumexp, delta,
                 query_strides, grad_output_strides, logsumexp_strides,
@@ -341,8 +341,8 @@ def bias_kernel(
             )  # fmt: skip
             weights = attention_weights(
                 q, tl.trans(k), bias, bias_strides, row_logsumexp[:, None],
-                expand(q_at, 1), expand(k_at, 0), expand(start, 1), expand(stop, 1), rules,
-                scale, PRECISION, UPCAST,
+                expand(q_at, 1), expand(k_at, 0), start, stop, rules,
+                scale, ALIKE, PRECISION, UPCAST,
             )  # fmt: skip
             grad_weights = dot(grad, tl.trans(v), None, PRECISION, UPCAST)
             accumulator += weights * (grad_weights - row_delta[:, None])

@@ -28,8 +28,8 @@ from vitarium.ops.kernels.patterns import (
     key_range,
     mask_scores,
     relative_bias,
+    seen,
     tile_span,
-    windows,
     within,
 )
 
@@ -49,6 +49,7 @@ def forward_kernel(
     tiles,  # query tiles per axis in the largest residue class
     heads, scale,  # scale is positive
     GROUP: tl.constexpr,  # query heads per key head
+    ALIKE: tl.constexpr,  # all queries of a tile see the same keys
     QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
@@ -60,17 +61,15 @@ def forward_kernel(
     z, y, x, rest = split(rest, dilation)
     residue = (z, y, x)
     n = class_lengths(lengths, residue, dilation)
-    origin, q_first, q_stop, occupied = tile_span(tile, n, layout, QUERY_TILE)
-    if occupied:
+    origin, q_first, q_stop = tile_span(tile, n, layout, QUERY_TILE)
+    if exists(q_first, q_stop):
         head = rest % heads
         batch = rest // heads
         q_at = positions(origin, tl.arange(0, BLOCK_M), QUERY_TILE)
         q_exists = within(q_at, q_first, q_stop)
         q_at = clip(q_at, q_first, q_stop)
-        start, stop = windows(q_at, n, rules)
+        start, stop = seen(q_at, q_first, n, rules, 1, ALIKE)
         q_column = expand(q_at, 1)
-        start = expand(start, 1)
-        stop = expand(stop, 1)
         q = load_tokens(
             query, query_strides, batch, head, q_at, q_exists, residue, dilation,
             D, BLOCK_D, LARGE,
@@ -108,7 +107,7 @@ def forward_kernel(
             if bias is not None:
                 entries = relative_bias(bias, bias_strides, q_column, k_row, start, stop, rules)
                 scores = scores * before + entries * LOG2E
-            scores = mask_scores(scores, k_row, start, stop)
+            scores = mask_scores(scores, k_row, start, stop, ALIKE)
             maximum, total, accumulator = softmax_step(
                 scores, v, maximum, total, accumulator, after, PRECISION, UPCAST
             )

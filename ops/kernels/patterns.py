@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vitarium.ops.kernels.common import expand
+
 # --- one axis ------------------------------------------------------------------------------------
 
 
@@ -109,14 +111,12 @@ def inside(key, start, stop):
 
 @triton.jit
 def tile_span(index, n, layout, TILE: tl.constexpr):
-    """Per axis: where a tile begins, its first token, one past its last; whether it has any."""
+    """Per axis: where a tile begins, its first token, one past its last."""
     z, z1 = axis_tile(index[0], n[0], layout[0], TILE[0])
     y, y1 = axis_tile(index[1], n[1], layout[1], TILE[1])
     x, x1 = axis_tile(index[2], n[2], layout[2], TILE[2])
-    z0 = tl.maximum(z, 0)
-    y0 = tl.maximum(y, 0)
-    x0 = tl.maximum(x, 0)
-    return (z, y, x), (z0, y0, x0), (z1, y1, x1), (z0 < z1) & (y0 < y1) & (x0 < x1)
+    first = (tl.maximum(z, 0), tl.maximum(y, 0), tl.maximum(x, 0))
+    return (z, y, x), first, (z1, y1, x1)
 
 
 @triton.jit
@@ -146,6 +146,21 @@ def windows(position, n, rules):
     y0, y1 = axis_window(position[1], n[1], rules[1])
     x0, x1 = axis_window(position[2], n[2], rules[2])
     return (z0, y0, x0), (z1, y1, x1)
+
+
+@triton.jit
+def seen(position, first, n, rules, AXIS: tl.constexpr, ALIKE: tl.constexpr):
+    """`windows` of queries as columns (AXIS 1) or rows (AXIS 0).
+
+    ALIKE: all of them see what the one at `first` sees, and a number stands for all.
+    """
+    if ALIKE:
+        start, stop = windows(first, n, rules)
+    else:
+        start, stop = windows(position, n, rules)
+        start = expand(start, AXIS)
+        stop = expand(stop, AXIS)
+    return start, stop
 
 
 @triton.jit
@@ -181,8 +196,10 @@ def query_range(first, stop, n, rules, QUERY_TILE: tl.constexpr):
 
 
 @triton.jit
-def mask_scores(scores, key, start, stop):
+def mask_scores(scores, key, start, stop, ALIKE: tl.constexpr):
     """Scores, -inf outside the window; a select per axis lets the compiler share comparisons."""
+    if ALIKE:
+        return tl.where(within(key, start, stop), scores, float("-inf"))
     scores = tl.where(inside(key[2], start[2], stop[2]), scores, float("-inf"))
     scores = tl.where(inside(key[1], start[1], stop[1]), scores, float("-inf"))
     return tl.where(inside(key[0], start[0], stop[0]), scores, float("-inf"))
@@ -191,9 +208,12 @@ def mask_scores(scores, key, start, stop):
 @triton.jit
 def relative_bias(bias, strides, query, key, start, stop, rules):
     """Entries of one head's relative position bias table for pairs of query and key, in float32."""
-    offset = (
-        (key[0] - query[0] + axis_reach(rules[0])) * strides[1]
-        + (key[1] - query[1] + axis_reach(rules[1])) * strides[2]
-        + (key[2] - query[2] + axis_reach(rules[2])) * strides[3]
+    # One difference for each pair: all else is done for each key or each query.
+    key_offset = key[0] * strides[1] + key[1] * strides[2] + key[2] * strides[3]
+    query_offset = (
+        (query[0] - axis_reach(rules[0])) * strides[1]
+        + (query[1] - axis_reach(rules[1])) * strides[2]
+        + (query[2] - axis_reach(rules[2])) * strides[3]
     )
-    return tl.load(bias + offset, mask=within(key, start, stop), other=0.0).to(tl.float32)
+    entries = bias + (key_offset - query_offset)
+    return tl.load(entries, mask=within(key, start, stop), other=0.0).to(tl.float32)

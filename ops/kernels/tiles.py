@@ -80,6 +80,10 @@ _SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
         256: (16, 16, 8, 1),
     },
 }
+# What window attention has otherwise: tiles of queries that hold a window of 7.
+_BLOCK_SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
+    ("forward", 2): {32: (64, 32, 4, 2)},
+}
 HEAD_DIMS = (32, 64, 128, 256)  # padded: the rows of the table
 
 
@@ -122,9 +126,11 @@ def tiles(
         element_size: bytes of an element of query, 2 or 4.
         lengths: the map's size; None means large.
     """
-    sizes = _SIZES[kernel, element_size]
+    sizes, blocks = _SIZES[kernel, element_size], isinstance(windows[0], Block)
+    if blocks:
+        sizes = {**sizes, **_BLOCK_SIZES.get((kernel, element_size), {})}
     queries, keys, *options = sizes[min(d for d in HEAD_DIMS if d >= head_dim)]
-    if isinstance(windows[0], Block):
+    if blocks:
         return TileConfig(*_block_shapes(queries, keys, tuple(windows)), *options)
     fixed, walked = (keys, queries) if kernel == "key_value" else (queries, keys)
     shapes = _SQUARE

@@ -1,7 +1,7 @@
 """Token mixers: stateless operators, their Triton kernels, and modules."""
 
 from vitarium.ops.aggregated import aggregated_attention
-from vitarium.ops.aggregated_mixers import AggregatedAttention
+from vitarium.ops.aggregated_mixers import AggregatedAttention, AggregatedMixtureOfHeadAttention
 from vitarium.ops.attention import attention
 from vitarium.ops.bilevel_mixers import (
     AttentionLePE,
@@ -28,6 +28,7 @@ __all__ = [
     "MIXERS",
     "OPERATORS",
     "AggregatedAttention",
+    "AggregatedMixtureOfHeadAttention",
     "AttentionLePE",
     "BiLevelRoutingAttention",
     "BiLevelRoutingAttentionNCHW",

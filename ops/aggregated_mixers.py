@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from vitarium.ops import dispatch
 from vitarium.ops.aggregated import NAME, aggregated_attention
 from vitarium.ops.mixer import Mixer
+from vitarium.ops.mixture_of_head import HeadRouter
 from vitarium.ops.position import Size, continuous_position_bias, kept
 
 TEMPERATURE = 1 / 0.24  # that training starts with
@@ -232,3 +234,59 @@ class AggregatedAttention(Mixer, name="aggregated"):
         if self.fixed_pool_size is not None:
             pool = f"fixed_pool_size={self.fixed_pool_size}"
         return f"num_heads={self.num_heads}, window_size={self.window_size}, {pool}"
+
+
+class AggregatedMixtureOfHeadAttention(AggregatedAttention, name="aggregated_mixture_of_head"):
+    """Aggregated attention whose heads a router weighs for every token, as in MoH's TransNeXt.
+
+    The output of each head is multiplied with the weight that `HeadRouter` gives it. Heads that a
+    token does not use are computed all the same: a window's places are taken for all tokens at
+    once, which leaves nothing to skip one by one.
+
+    Args:
+        dim, num_heads: as in `AggregatedAttention`, and so are all further arguments.
+        shared_head: heads that every token uses.
+        routed_head: heads that a token chooses of the others; 0 if all are shared.
+
+    Attributes:
+        balance_loss: that of the router, after a forward in training.
+
+    Raises:
+        ValueError: the numbers of heads do not fit; and as `AggregatedAttention`.
+    """
+
+    paper = "MoH: Multi-Head Attention as Mixture-of-Head Attention (arXiv 2410.11842), TransNeXt"
+    official_names: ClassVar[Mapping[str, str | None]] = {r"(wg(?:_[01])?\.weight)": r"router.\1"}
+    examples = (
+        {"dim": 24, "num_heads": 4, "sr_ratio": 2, "shared_head": 1, "routed_head": 2},
+        {"dim": 24, "num_heads": 3, "sr_ratio": 2, "shared_head": 3},
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int = 8,
+        shared_head: int = 0,
+        routed_head: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads=num_heads, **factory, **kwargs)
+        self.router = HeadRouter(dim, num_heads, shared_head, routed_head, **factory)
+
+    @property
+    def balance_loss(self) -> Tensor | None:
+        return self.router.balance_loss
+
+    def _heads(self, x: Tensor) -> Tensor:
+        gate, _ = self.router(x)
+        return super()._heads(x) * gate[..., None]
+
+    @torch.no_grad()
+    def attention_map(self, x: Tensor, query: tuple[int, int]) -> Tensor:
+        weights = super().attention_map(x, query)
+        gate, _ = self.router(x)
+        return weights * gate[:, query[0], query[1], :, None, None]

@@ -3,17 +3,17 @@
 Two ways, chosen by `way`. PyTorch's fused attention for CPUs is the fastest in float32 with equal
 widths; it has no gradient of the bias and is slow in half precision. All else is batched matrix
 products on chunks of images, heads and queries, whose scores stay in cache. No more than one chunk
-of scores exists at a time, except for short sequences in training: their weights are kept, since
-they are hardly larger than queries and keys.
+of scores exists at a time, except for short sequences and small batches in training, whose weights
+are kept.
 
 With `active`, the queries that a head skips are left out: the others of every image and head are
-gathered, and all products are as much smaller.
+packed one after another, and all products are as much smaller.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ WEIGHTS_KEPT_BYTES = 1 << 24
 CPU_SCORES = (1 << 20, 5 << 16)
 DEVICE_SCORES = 1 << 26
 ROWS = 32  # queries of a chunk, at least: thinner products are slow
-GATHERING_PAYS = 1 << 14  # scores of one head from which it pays to gather active queries
+PACKING_PAYS = 1 << 17  # scores of one head from which leaving out queries is faster
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -50,9 +50,9 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
-def gathering_pays(query: Tensor, key: Tensor) -> bool:
+def packing_pays(query: Tensor, key: Tensor) -> bool:
     """Whether leaving out queries is faster than computing them all."""
-    return tokens(query) * tokens(key) > GATHERING_PAYS
+    return tokens(query) * tokens(key) > PACKING_PAYS
 
 
 def way(
@@ -78,8 +78,8 @@ def way(
         and not (is_causal and (bias is not None or active is not None))
     ):
         return "flash"
-    total = query.shape[0] * query.shape[-2] * scores * query.element_size()
-    if training and active is None and (scores <= WEIGHTS_KEPT or total <= WEIGHTS_KEPT_BYTES):
+    size = query.shape[0] * query.shape[-2] * scores * query.element_size()
+    if training and (scores <= WEIGHTS_KEPT or size <= WEIGHTS_KEPT_BYTES):
         return "kept"
     return "products"
 
@@ -106,95 +106,107 @@ def _kept_size(query: Tensor, key: Tensor) -> int:
     return -(-count * query.element_size() // 4)
 
 
-# --- chunks --------------------------------------------------------------------------------------
+# --- how a call is cut up ------------------------------------------------------------------------
 
-Band = slice | Tensor  # some queries: consecutive ones, or indices
-EVERY = slice(None)
+
+class Packing:
+    """The active queries of all images and heads, head by head."""
+
+    def __init__(self, active: Tensor, work: Workspace) -> None:
+        self.shape = active.flatten(1, -2).shape
+        _, count, heads = self.shape
+        by_head = active.flatten(1, -2).transpose(1, 2)
+        image, head, self.token = by_head.nonzero().unbind(1)
+        self.row = (image * count + self.token) * heads + head  # of (B, tokens, heads)
+        self.counts: list[list[int]] = by_head.sum(-1).tolist()
+        self.work = work
+
+    def pack(self, x: Tensor, name: str) -> Tensor:
+        """`(B, heads, tokens, channels)` as `(active queries, channels)`."""
+        rows = contiguous(x.transpose(1, 2), self.work, "packing").view(-1, x.shape[3])
+        out = self.work.take(name, (len(self.row), x.shape[3]), x.dtype)
+        return torch.index_select(rows, 0, self.row, out=out)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """The reverse, `(B, tokens, heads, channels)`, zero where nothing was packed."""
+        rows = x.new_zeros((math.prod(self.shape), x.shape[1]))
+        return rows.index_copy_(0, self.row, x).view(*self.shape, -1)
+
+
+def contiguous(x: Tensor, work: Workspace, name: str) -> Tensor:
+    """The tensor, or a copy in memory that has been used before: fresh pages cost more."""
+    return x if x.is_contiguous() else work.take(name, x.shape, x.dtype).copy_(x)
 
 
 class Chunk:
-    """Some heads of some images, and bands of their queries (indices: of one head of one image)."""
+    """Some heads of some images, or a part of a `Packing`: the active queries of one head."""
 
-    __slots__ = ("bands", "count", "heads", "images", "pair", "whole")
+    def __init__(self, images: range, heads: range, queries: slice, token: Tensor | None) -> None:
+        self.images = slice(images.start, images.stop)
+        self.heads = slice(heads.start, heads.stop)
+        self.pair = len(images), len(heads)
+        self.packed = None if token is None else queries
+        self.token = token  # of each packed query
 
-    def __init__(self, images: slice, heads: slice, bands: Sequence[Band], whole: bool) -> None:
-        self.images = images
-        self.heads = heads
-        self.bands = bands
-        self.whole = whole  # all heads of all images: indexing costs microseconds
-        self.pair = images.stop - images.start, heads.stop - heads.start
-        self.count = self.pair[0] * self.pair[1]
+    def queries(self, x: Tensor) -> Tensor:
+        """Of `(B, heads, tokens, channels)`, or packed, `(images and heads, queries, channels)`."""
+        if self.packed is not None:
+            return x[self.packed][None]
+        return x[self.images, self.heads].flatten(0, 1)
 
-    def of(self, x: Tensor, group: int = 1) -> Tensor:
-        """View `(images, heads, tokens, channels)` of `(B, num_heads, tokens, channels)`.
+    def keys(self, x: Tensor, group: int = 1) -> Tensor:
+        """`(images and heads, keys, channels)` of `(B, heads_kv, keys, channels)`.
 
         With `group` query heads to a head of `x`, heads repeat (and are copied).
         """
         if group == 1:
-            return x if self.whole else x[self.images, self.heads]
-        return x[self.images, [head // group for head in range(self.heads.start, self.heads.stop)]]
+            return x[self.images, self.heads].flatten(0, 1)
+        heads = [head // group for head in range(self.heads.start, self.heads.stop)]
+        return x[self.images, heads].flatten(0, 1)
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """The same of `(B or 1, num_heads or 1, tokens, channels)`."""
+        """This chunk's of `(B or 1, heads or 1, tokens, channels)`, all tokens."""
         images = self.images if x.shape[0] > 1 else slice(None)
         return x[images, self.heads if x.shape[1] > 1 else slice(None)]
 
-    def batch(self, work: Workspace, name: str, x: Tensor, band: Band = EVERY) -> Tensor:
-        """A band of `of(x)` as a batch `(images and heads, tokens, channels)`, contiguous."""
-        x = rows(x, band)
-        if not x.is_contiguous():
-            x = work.take(name, x.shape, x.dtype).copy_(x)
-        return x.flatten(0, 1)
-
-    def put(self, target: Tensor, band: Band, values: Tensor) -> None:
-        """Write to a band of `of(target)` what `batch` reads."""
-        values = values.view(*self.pair, *values.shape[1:])
-        if isinstance(band, slice):
-            rows(target, band).copy_(values)
-        else:
-            target.index_copy_(2, band, values)
+    def rows(self, x: Tensor, band: slice) -> Tensor:
+        """The tokens of a band of queries of `broadcast`."""
+        x = self.broadcast(x)
+        return x[:, :, band] if self.token is None else x.index_select(2, self.token[band])
 
 
-def rows(x: Tensor, band: Band) -> Tensor:
-    """The band's tokens of `(images, heads, tokens, channels)`."""
-    if band is EVERY:
-        return x
-    return x[:, :, band] if isinstance(band, slice) else x.index_select(2, band)
+def _bands(count: int, keys: int, limit: int) -> list[slice]:
+    """Queries in even bands of about `limit` scores."""
+    bands = max(1, min(-(-count * keys // limit), count // ROWS))
+    band = -(-count // bands)
+    return [slice(first, min(first + band, count)) for first in range(0, count, band)]
 
 
 def _chunks(
-    query: Tensor, key: Tensor, active: Tensor | None, *, fused: bool = False
-) -> Iterator[Chunk]:
-    """Chunks of `(B, heads, tokens, channels)`; `fused`: nothing is stored, so one band will do."""
-    batch, heads, count, _ = query.shape
+    query: Tensor, key: Tensor, packing: Packing | None
+) -> Iterator[tuple[Chunk, list[slice]]]:
+    """Chunks and bands of their queries, for `(B, heads, tokens, channels)` or packed queries."""
+    on_cpu = query.device.type == "cpu"
+    limit = CPU_SCORES[query.element_size() > 2] if on_cpu else DEVICE_SCORES
     keys = key.shape[2]
-    if query.device.type != "cpu":
-        limit = DEVICE_SCORES
-    else:
-        limit = CPU_SCORES[query.element_size() > 2]
-    bands = 1 if fused else max(1, min(-(-count * keys // limit), count // ROWS))
-    band = -(-count // bands)
-    if active is not None:
-        for image, head in ((i, h) for i in range(batch) for h in range(heads)):
-            index = active[image, head].nonzero().flatten()
-            if len(index):
-                one = slice(image, image + 1), slice(head, head + 1)
-                yield Chunk(*one, index.split(band), batch * heads == 1)
+    if packing is not None:
+        first = 0
+        for image, counts in enumerate(packing.counts):
+            for head, count in enumerate(counts):
+                if count:
+                    part = slice(first, first + count)
+                    chosen = range(image, image + 1), range(head, head + 1)
+                    yield Chunk(*chosen, part, packing.token[part]), _bands(count, keys, limit)
+                    first += count
         return
-    if band == count:
-        slices = [EVERY]
-    else:
-        slices = [slice(first, min(first + band, count)) for first in range(0, count, band)]
+    batch, heads, count, _ = query.shape
+    bands = _bands(count, keys, limit)
     some = min(heads, max(1, limit // (count * keys)))
     images = max(1, limit // (count * keys * heads)) if some == heads else 1
     for image in range(0, batch, images):
         for head in range(0, heads, some):
-            yield Chunk(
-                slice(image, min(image + images, batch)),
-                slice(head, min(head + some, heads)),
-                slices,
-                images >= batch and some == heads,
-            )
+            chosen = range(image, min(image + images, batch)), range(head, min(head + some, heads))
+            yield Chunk(*chosen, slice(None), None), bands
 
 
 # --- weights -------------------------------------------------------------------------------------
@@ -214,43 +226,48 @@ def hidden_queries(bias: Tensor, is_causal: bool) -> Tensor:
 
 
 class Scores:
-    """Scores of a call and what is added to them: bias and causal mask."""
+    """Scores of a call: their scale, and what is added to them."""
 
     def __init__(self, bias: Tensor | None, is_causal: bool, scale: float, like: Tensor) -> None:
         self.is_causal = is_causal
         self.scale = scale
-        self.bias = self.hidden = None
-        if bias is None:
-            return
-        self.bias = bias.to(like.dtype) if bias.dim() == 4 else bias.to(like.dtype)[None]
-        if has_infinities(bias):
+        self.bias = _four_dimensions(bias, like.dtype)
+        self.hidden = None
+        if self.bias is not None and has_infinities(self.bias):
             self.hidden = hidden_queries(self.bias, is_causal)
 
-    def weights(self, chunk: Chunk, band: Band, q: Tensor, k: Tensor, out: Tensor) -> Tensor:
+    def weights(self, chunk: Chunk, band: slice, q: Tensor, k: Tensor, out: Tensor) -> Tensor:
         """Softmax of a band's scores into `out`, `(images and heads, queries, keys)`."""
         split = (*chunk.pair, *out.shape[1:])
         if self.bias is None:
             torch.baddbmm(out, q, k.mT, beta=0, alpha=self.scale, out=out)
         else:
-            out.view(split).copy_(rows(chunk.broadcast(self.bias), band))
+            out.view(split).copy_(chunk.rows(self.bias, band))
             torch.baddbmm(out, q, k.mT, alpha=self.scale, out=out)
         if self.is_causal:
-            key = torch.arange(out.shape[-1], device=out.device)
-            query = band
-            if isinstance(band, slice):
-                start = band.start or 0
-                query = torch.arange(start, start + out.shape[1], device=out.device)
+            key = torch.arange(out.shape[2], device=out.device)
+            if chunk.token is None:
+                query = torch.arange(band.start, band.stop, device=out.device)
+            else:
+                query = chunk.token[band]
             out.masked_fill_(key > query[:, None], -math.inf)
         torch._softmax(out, -1, False, out=out)
         if self.hidden is not None:
-            out.view(split).masked_fill_(rows(chunk.broadcast(self.hidden), band), 0)
+            out.view(split).masked_fill_(chunk.rows(self.hidden, band), 0)
         return out
 
 
-def _kept_weights(saved: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """The kept weights `(B, heads, queries, keys)`, a view of `saved`."""
+def _four_dimensions(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if bias is None:
+        return None
+    return bias.to(dtype) if bias.dim() == 4 else bias.to(dtype)[None]
+
+
+def _kept_weights(saved: Tensor, query: Tensor, key: Tensor, packing: Packing | None) -> Tensor:
+    """The kept weights, a view of `saved`: `(B, heads, queries, keys)`, or packed."""
     shape = (*query.shape[:3], key.shape[2])
-    return saved.view(query.dtype)[: math.prod(shape)].view(shape)
+    kept = saved.view(query.dtype)[: math.prod(shape)].view(shape)
+    return kept if packing is None else kept.flatten(0, 2)
 
 
 # --- forward -------------------------------------------------------------------------------------
@@ -275,98 +292,110 @@ def forward(
     """
     chosen = way(query, key, value, bias, active, is_causal, training)
     shape = (*query.shape[:-1], value.shape[-1])
-    if chosen == "nothing":
-        return query.new_zeros(shape), query.new_empty(0, dtype=torch.float32)
-    active = _by_head(active)
-    operands = flat(query), flat(key), flat(value)
-    if chosen == "flash":
-        output, saved = _forward_flash(operands, bias, active, is_causal, scale)
-        return output.view(shape), saved
-    output = query.new_empty(shape) if active is None else query.new_zeros(shape)
     saved = query.new_empty(_kept_size(query, key) if chosen == "kept" else 0, dtype=torch.float32)
-    kept = _kept_weights(saved, *operands[:2]) if chosen == "kept" else None
-    scores = Scores(bias, is_causal, scale, query)
-    _forward_products(scores, operands, active, flat(output), kept)
-    return output, saved
+    if chosen == "nothing":
+        return query.new_zeros(shape), saved
+    work = Workspace(query)
+    packing = None if active is None else Packing(active, work)
+    query, key, value = flat(query), flat(key), flat(value)
+    if chosen == "flash":
+        output, saved = _forward_flash(query, key, value, bias, packing, is_causal, scale, work)
+    else:
+        kept = _kept_weights(saved, query, key, packing) if chosen == "kept" else None
+        scores = Scores(bias, is_causal, scale, query)
+        output = _forward_products(scores, query, key, value, packing, kept, work)
+    work.close()
+    return output.view(shape), saved
 
 
-def _by_head(active: Tensor | None) -> Tensor | None:
-    """`(B, *spatial, heads)` as `(B, heads, tokens)`."""
-    return None if active is None else active.flatten(1, -2).transpose(1, 2)
+def _queries(x: Tensor, packing: Packing | None, work: Workspace, name: str) -> Tensor:
+    """`(B, heads, tokens, channels)` contiguous, or packed."""
+    return contiguous(x, work, name) if packing is None else packing.pack(x, name)
 
 
-Operands = tuple[Tensor, Tensor, Tensor]
+def _result(like: Tensor, channels: int, work: Workspace, name: str) -> Tensor:
+    """Room for results per query, to be given to `_tokens`."""
+    shape = (*like.shape[:-1], channels)
+    if like.dim() == 4 and like.shape[1] == 1:  # in the order of tokens already: not to be copied
+        return like.new_empty(shape)
+    return work.take(name, shape, like.dtype)
+
+
+def _tokens(x: Tensor, packing: Packing | None) -> Tensor:
+    """The reverse of `_queries`: `(B, tokens, heads, channels)`, contiguous."""
+    return x.transpose(1, 2).contiguous() if packing is None else packing.unpack(x)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _flash_operands(
-    operands: Operands, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The fused attention takes any strides for all dimensions but the last, and a 4-D bias."""
-    query, key, value = map(_unit_stride, operands)
-    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
-    if bias is not None:
-        bias = _unit_stride(bias.to(query.dtype))
-        bias = bias if bias.dim() == 4 else bias[None]
-    return query, key, value, bias
-
-
 def _forward_flash(
-    operands: Operands, bias: Tensor | None, active: Tensor | None, is_causal: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    packing: Packing | None,
+    is_causal: bool,
+    scale: float,
+    work: Workspace,
 ) -> tuple[Tensor, Tensor]:
     """Output `(B, tokens, heads, channels)` and log-sum-exp `(B, tokens, heads)`."""
-    query, key, value, bias = _flash_operands(operands, bias)
-    if active is None:
-        found = _flash(query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale)
+    # The fused attention takes any strides for all dimensions but the last.
+    heads, key, value = query.shape[1], _unit_stride(key), _unit_stride(value)
+    bias = _four_dimensions(bias, query.dtype)
+    if packing is None:
+        query, key, value = (
+            _unit_stride(query),
+            repeat_heads(key, heads),
+            repeat_heads(value, heads),
+        )
+        mask = None if bias is None else _unit_stride(bias)
+        found = _flash(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)
         output, logsumexp = (tensor.transpose(1, 2).contiguous() for tensor in found)
         return output, logsumexp
-    batch, heads, count, channels = query.shape
-    output = query.new_zeros((batch, count, heads, channels))
-    saved = query.new_zeros((batch, count, heads))
-    result, logsumexp = output.transpose(1, 2), saved.transpose(1, 2)[..., None]
-    for chunk in _chunks(query, key, active, fused=True):
-        (band,) = chunk.bands
-        mask = None if bias is None else rows(chunk.broadcast(bias), band)
-        found, total = _flash(
-            rows(chunk.of(query), band), chunk.of(key), chunk.of(value), attn_mask=mask, scale=scale
+    packed, group = packing.pack(query, "query"), heads // key.shape[1]
+    key, value = contiguous(key, work, "key"), contiguous(value, work, "value")
+    found = [
+        _flash(
+            chunk.queries(packed)[None],
+            *(chunk.keys(tensor, group)[None] for tensor in (key, value)),
+            attn_mask=None if bias is None else _unit_stride(chunk.rows(bias, slice(None))),
+            scale=scale,
         )
-        chunk.put(chunk.of(result), band, found[0])
-        chunk.put(chunk.of(logsumexp), band, total[0][..., None])
-    return output, saved
+        for chunk, _ in _chunks(query, key, packing)
+    ]
+    if not found:
+        return _tokens(packed, packing), _tokens(packed[:, :1], packing)[..., 0]
+    output, logsumexp = (torch.cat(parts, 2) for parts in zip(*found))
+    return _tokens(output[0, 0], packing), _tokens(logsumexp.view(-1, 1), packing)[..., 0]
 
 
 def _forward_products(
     scores: Scores,
-    operands: Operands,
-    active: Tensor | None,
-    result: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing | None,
     kept: Tensor | None,
-) -> None:
-    query, key, value = operands
-    work, dtype = Workspace(query), query.dtype
+    work: Workspace,
+) -> Tensor:
+    """Output `(B, tokens, heads, channels)`; the weights go into `kept`, if there is one."""
     group = query.shape[1] // key.shape[1]
-    for chunk in _chunks(query, key, active):
-        part, target = chunk.of(query), chunk.of(result)
-        k = chunk.batch(work, "key", chunk.of(key, group))
-        v = chunk.batch(work, "value", chunk.of(value, group))
-        for band in chunk.bands:
-            q = chunk.batch(work, "query", part, band)
-            shape = (*q.shape[:2], k.shape[1])
+    key, value = contiguous(key, work, "key"), contiguous(value, work, "value")
+    packed = _queries(query, packing, work, "query")
+    output = _result(packed, value.shape[-1], work, "output")
+    for chunk, bands in _chunks(query, key, packing):
+        q, k, v = chunk.queries(packed), chunk.keys(key, group), chunk.keys(value, group)
+        target = chunk.queries(output)
+        for band in bands:
             if kept is None:
-                out = work.take("scores", shape, dtype)
+                out = work.take("scores", (q.shape[0], band.stop - band.start, k.shape[1]), q.dtype)
             else:
-                out = rows(chunk.of(kept), band).view(shape)
-            weights = scores.weights(chunk, band, q, k, out)
-            shape = (*q.shape[:2], v.shape[2])
-            if len(chunk.bands) == 1 and active is None and target.is_contiguous():
-                torch.bmm(weights, v, out=target.view(shape))
-            else:
-                out = work.take("output", shape, dtype)
-                chunk.put(target, band, torch.bmm(weights, v, out=out))
-    work.close()
+                out = chunk.queries(kept)[:, band]
+            weights = scores.weights(chunk, band, q[:, band], k, out)
+            torch.bmm(weights, v, out=target[:, band])
+    return _tokens(output, packing)
 
 
 # --- backward ------------------------------------------------------------------------------------
@@ -393,140 +422,167 @@ def backward(
         output, saved: what `forward` returned; the other arguments are what it got.
     """
     chosen = way(query, key, value, bias, active, is_causal, training)
-    heads, group = query.shape[-2], query.shape[-2] // key.shape[-2]
-    skips = chosen == "nothing" or active is not None  # nobody writes to all of the gradients
-    grad_query, grad_key, grad_value = grads = [
-        (tensor.new_zeros if skips else tensor.new_empty)(
-            (*tensor.shape[:-2], heads, tensor.shape[-1])
-        )
-        for tensor in (query, key, value)
-    ]
+    if chosen == "nothing":
+        grads = [torch.zeros_like(tensor) for tensor in (query, key, value)]
+        return *grads, torch.zeros_like(bias) if bias_needs_grad else None
+    work = Workspace(query)
+    packing = None if active is None else Packing(active, work)
+    operands = tuple(map(flat, (query, key, value)))
     grad_bias = None
-    if bias_needs_grad:
-        shape = bias.shape if bias.dim() == 4 else (1, *bias.shape)
-        grad_bias = bias.new_zeros(shape, dtype=torch.promote_types(bias.dtype, torch.float32))
-    if chosen != "nothing":
-        active = _by_head(active)
-        operands, results = tuple(map(flat, (query, key, value))), tuple(map(flat, grads))
-        if chosen == "flash" and not bias_needs_grad:
-            _backward_flash(
-                flat(grad), operands, bias, active, flat(output), saved, results, is_causal, scale
+    if chosen == "flash" and not bias_needs_grad:
+        found = _backward_flash(
+            flat(grad), operands, bias, packing, flat(output), saved, is_causal, scale, work
+        )
+    else:
+        scores = Scores(bias, is_causal, scale, query)
+        if bias_needs_grad:
+            grad_bias = torch.zeros_like(
+                scores.bias,
+                dtype=torch.promote_types(bias.dtype, torch.float32),
+                memory_format=torch.contiguous_format,
             )
-        else:
-            scores = Scores(bias, is_causal, scale, query)
-            kept = _kept_weights(saved, *operands[:2]) if chosen == "kept" else None
-            _backward_products(scores, flat(grad), operands, active, kept, results, grad_bias)
+        kept = _kept_weights(saved, *operands[:2], packing) if chosen == "kept" else None
+        found = _backward_products(scores, flat(grad), operands, packing, kept, grad_bias, work)
+        if bias_needs_grad:
+            grad_bias = grad_bias.view(bias.shape).to(bias.dtype)
+    work.close()
+    grad_query, grad_key, grad_value = found
+    group = query.shape[-2] // key.shape[-2]
     if group > 1:
-        grad_key = grad_key.unflatten(-2, (-1, group)).sum(-2)
-        grad_value = grad_value.unflatten(-2, (-1, group)).sum(-2)
-    if bias_needs_grad:
-        grad_bias = grad_bias.view(bias.shape).to(bias.dtype)
-    return grad_query, grad_key, grad_value, grad_bias
+        grad_key = grad_key.unflatten(2, (-1, group)).sum(3)
+        grad_value = grad_value.unflatten(2, (-1, group)).sum(3)
+    grads = (
+        part.view(tensor.shape)
+        for part, tensor in ((grad_query, query), (grad_key, key), (grad_value, value))
+    )
+    return *grads, grad_bias
+
+
+Three = tuple[Tensor, Tensor, Tensor]
 
 
 def _backward_flash(
     grad: Tensor,
-    operands: Operands,
+    operands: Three,
     bias: Tensor | None,
-    active: Tensor | None,
+    packing: Packing | None,
     output: Tensor,
     saved: Tensor,
-    results: Operands,
     is_causal: bool,
     scale: float,
-) -> None:
-    query, key, value, bias = _flash_operands(operands, bias)
-    grad = _unit_stride(grad)
-    logsumexp = saved.transpose(1, 2)
-    if active is None:
+    work: Workspace,
+) -> Three:
+    """Gradients `(B, tokens, heads, channels)` of query and, by query head, of key and value."""
+    query, key, value = operands
+    heads, key, value = query.shape[1], _unit_stride(key), _unit_stride(value)
+    bias = _four_dimensions(bias, query.dtype)
+    if packing is None:
+        query, grad = _unit_stride(query), _unit_stride(grad)
         found = _flash_backward(
-            grad, query, key, value, output, logsumexp, 0.0, is_causal, attn_mask=bias, scale=scale
-        )
-        for target, part in zip(results, found):
-            target.copy_(part)
-        return
-    for chunk in _chunks(query, key, active, fused=True):
-        (band,) = chunk.bands
-        found = _flash_backward(
-            *(rows(chunk.of(tensor), band) for tensor in (grad, query)),
-            *(chunk.of(tensor) for tensor in (key, value)),
-            *(rows(chunk.of(tensor), band) for tensor in (output, logsumexp)),
-            0.0,
-            False,
-            attn_mask=None if bias is None else rows(chunk.broadcast(bias), band),
+            *(grad, query, repeat_heads(key, heads), repeat_heads(value, heads)),
+            *(output, saved.transpose(1, 2), 0.0, is_causal),
+            attn_mask=None if bias is None else _unit_stride(bias),
             scale=scale,
         )
-        chunk.put(chunk.of(results[0]), band, found[0][0])
-        for target, part in zip(results[1:], found[1:]):
-            chunk.of(target).copy_(part)
+        grad_query, grad_key, grad_value = (part.transpose(1, 2).contiguous() for part in found)
+        return grad_query, grad_key, grad_value
+    group = heads // key.shape[1]
+    key, value = contiguous(key, work, "key"), contiguous(value, work, "value")
+    packed, grad = packing.pack(query, "query"), packing.pack(grad, "grad")
+    output = packing.pack(output, "output")
+    logsumexp = packing.pack(saved.transpose(1, 2)[..., None], "logsumexp")[:, 0]
+    grad_query = work.take("grad query", packed.shape, packed.dtype)
+    grad_key, grad_value = (
+        tensor.new_zeros((tensor.shape[0], heads, *tensor.shape[2:])) for tensor in (key, value)
+    )
+    for chunk, _ in _chunks(query, key, packing):
+        found = _flash_backward(
+            *(chunk.queries(tensor)[None] for tensor in (grad, packed)),
+            *(chunk.keys(tensor, group)[None] for tensor in (key, value)),
+            *(chunk.queries(tensor)[None] for tensor in (output, logsumexp)),
+            0.0,
+            False,
+            attn_mask=None if bias is None else _unit_stride(chunk.rows(bias, slice(None))),
+            scale=scale,
+        )
+        grad_query[chunk.packed] = found[0][0, 0]
+        for target, part in zip((grad_key, grad_value), found[1:]):
+            chunk.keys(target).copy_(part[0])
+    grad_key, grad_value = (_tokens(part, None) for part in (grad_key, grad_value))
+    return _tokens(grad_query, packing), grad_key, grad_value
 
 
 def _backward_products(
     scores: Scores,
     grad: Tensor,
-    operands: Operands,
-    active: Tensor | None,
+    operands: Three,
+    packing: Packing | None,
     kept: Tensor | None,
-    results: Operands,
     grad_bias: Tensor | None,
-) -> None:
-    """Sums over several bands are kept in float32 at least."""
+    work: Workspace,
+) -> Three:
+    """The same; that of the bias is added to `grad_bias`. Sums over bands are float32 at least."""
     query, key, value = operands
-    work, dtype = Workspace(query), query.dtype
-    group = query.shape[1] // key.shape[1]
+    dtype, group = query.dtype, query.shape[1] // key.shape[1]
+    key, value = contiguous(key, work, "key"), contiguous(value, work, "value")
+    packed = _queries(query, packing, work, "query")
+    grad = _queries(grad, packing, work, "grad")
+    grad_query = _result(packed, packed.shape[-1], work, "grad query")
+    grad_key, grad_value = (
+        (tensor.new_empty if packing is None else tensor.new_zeros)(
+            (tensor.shape[0], query.shape[1], *tensor.shape[2:])
+        )
+        for tensor in (key, value)
+    )
 
-    def accumulate(
-        name: str, a: Tensor, b: Tensor, alpha: float, first: bool, wide: torch.dtype
-    ) -> Tensor:
-        """Add the product to the chunk's sum of that name."""
-        shape = (a.shape[0], a.shape[1], b.shape[2])
-        total = work.take(name, shape, wide)
-        if dtype == wide:
-            beta = 0 if first else 1
-            return torch.baddbmm(total, a, b, beta=beta, alpha=alpha, out=total)
-        part = work.take("part", shape, dtype)
+    def add(total: Tensor, a: Tensor, b: Tensor, alpha: float, first: bool) -> None:
+        if total.dtype == dtype:
+            torch.baddbmm(total, a, b, beta=0 if first else 1, alpha=alpha, out=total)
+            return
+        part = work.take("part", total.shape, dtype)
         torch.baddbmm(part, a, b, beta=0, alpha=alpha, out=part)
-        return total.copy_(part) if first else total.add_(part)
+        total.copy_(part) if first else total.add_(part)
 
-    for chunk in _chunks(query, key, active):
-        k = chunk.batch(work, "key", chunk.of(key, group))
-        v = chunk.batch(work, "value", chunk.of(value, group))
-        query_part, grad_part = chunk.of(query), chunk.of(grad)
-        wide = torch.promote_types(dtype, torch.float32) if len(chunk.bands) > 1 else dtype
-        for band in chunk.bands:
-            q = chunk.batch(work, "query", query_part, band)
-            g = chunk.batch(work, "grad", grad_part, band)
-            shape = (*q.shape[:2], k.shape[1])
+    for chunk, bands in _chunks(query, key, packing):
+        q, g, target = (chunk.queries(tensor) for tensor in (packed, grad, grad_query))
+        k, v = chunk.keys(key, group), chunk.keys(value, group)
+        results = totals = chunk.keys(grad_key), chunk.keys(grad_value)
+        wide = torch.promote_types(dtype, torch.float32)
+        if len(bands) > 1 and wide != dtype:
+            names = ("key total", "value total")
+            totals = tuple(work.take(n, r.shape, wide) for n, r in zip(names, results))
+        for band in bands:
+            shape = (q.shape[0], band.stop - band.start, k.shape[1])
             if kept is None:
                 out = work.take("scores", shape, dtype)
-                weights = scores.weights(chunk, band, q, k, out)
+                weights = scores.weights(chunk, band, q[:, band], k, out)
             else:
-                weights = rows(chunk.of(kept), band).view(shape)
-            first = band is chunk.bands[0]
-            value_total = accumulate("value total", weights.mT, g, 1.0, first, wide)
-            out = work.take("grad weights", shape, dtype)
-            grad_scores = torch._softmax_backward_data(
-                torch.bmm(g, v.mT, out=out), weights, -1, dtype, grad_input=out
-            )
+                weights = chunk.queries(kept)[:, band]
+            first = band is bands[0]
+            add(totals[1], weights.mT, g[:, band], 1.0, first)
+            out = work.take("grad scores", shape, dtype)
+            torch.bmm(g[:, band], v.mT, out=out)
+            torch._softmax_backward_data(out, weights, -1, dtype, grad_input=out)
             if grad_bias is not None:
-                _add_bias(chunk, chunk.broadcast(grad_bias), band, grad_scores)
-            key_total = accumulate("key total", grad_scores.mT, q, scores.scale, first, wide)
-            out = work.take("output", q.shape, dtype)
-            torch.baddbmm(out, grad_scores, k, beta=0, alpha=scores.scale, out=out)
-            chunk.put(chunk.of(results[0]), band, out)
-        for target, total in ((results[1], key_total), (results[2], value_total)):
-            chunk.put(chunk.of(target), EVERY, total)
-    work.close()
+                _add_bias(grad_bias, chunk, band, out)
+            add(totals[0], out.mT, q[:, band], scores.scale, first)
+            part = target[:, band]
+            torch.baddbmm(part, out, k, beta=0, alpha=scores.scale, out=part)
+        if totals is not results:
+            for result, total in zip(results, totals):
+                result.copy_(total)
+    grad_key, grad_value = (_tokens(part, None) for part in (grad_key, grad_value))
+    return _tokens(grad_query, packing), grad_key, grad_value
 
 
-def _add_bias(chunk: Chunk, total: Tensor, band: Band, grad: Tensor) -> None:
+def _add_bias(total: Tensor, chunk: Chunk, band: slice, grad: Tensor) -> None:
     """Add the gradient of scores to that of the bias, summed where the bias is broadcast."""
+    total = chunk.broadcast(total)
     grad = grad.view(*chunk.pair, *grad.shape[1:])
     if total.shape[1] < grad.shape[1]:
         grad = grad.sum(1, keepdim=True, dtype=total.dtype)
-    if isinstance(band, slice):
-        target = rows(total, band)
-        for images in [grad] if target.shape[0] > 1 else grad.split(1):
-            target.add_(images)  # faster than a sum of half precision
-    else:
-        total.index_add_(2, band, grad.to(total.dtype))
+    if chunk.token is not None:
+        total.index_add_(2, chunk.token[band], grad.to(total.dtype))
+        return
+    for images in [grad] if total.shape[0] > 1 else grad.split(1):
+        total[:, :, band].add_(images)  # faster than a sum of half precision

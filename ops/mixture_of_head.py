@@ -114,7 +114,7 @@ def _portable(
     training: bool,
 ) -> Tensor:
     rest = (is_causal, scale, training)
-    if active is None or dispatch.plain_aten() or not dense.gathering_pays(query, key):
+    if active is None or dispatch.plain_aten() or not dense.packing_pays(query, key):
         output = portable(query, key, value, bias, *rest)
     else:
         output = _OPERATION(query, key, value, bias, None, active, *rest, fused=False)

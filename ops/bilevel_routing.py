@@ -364,20 +364,36 @@ def _case(
 
 
 CASES = (
-    _case("soft routing", (6, 9), 3, 2, batch=2, heads=(2, 2), weights=True),
-    _case("regions of one size, another grid", (8, 6), (4, 2), 3, heads=(2, 2)),
-    _case("regions of one token", (5, 4), (5, 4), 7, batch=2),
+    _case("soft routing", (4, 9), (1, 3), 2, batch=2, weights=True),
+    _case("regions of two by three tokens", (4, 6), 2, 3, heads=(2, 2)),
+    _case("regions of one token", (3, 2), (3, 2), 4, batch=2),
     _case("one region", (5, 7), 1, 1, heads=(2, 2)),
-    _case("all regions", (6, 4), 2, 4, weights=True),
-    _case("repeated regions", (4, 6), 2, 5, heads=(2, 2), weights=True, repeats=True),
-    _case("grouped heads", (6, 6), 3, 2, batch=2, heads=(4, 2), weights=True),
-    _case("pooled keys", (12, 8), (3, 2), 2, size_kv=(6, 2), heads=(2, 2), weights=True),
+    _case("all regions", (2, 8), (1, 4), 4, weights=True),
+    _case("repeated regions", (4, 6), 2, 5, weights=True, repeats=True),
+    _case("grouped heads", (4, 6), (2, 1), 1, batch=2, heads=(4, 2), weights=True),
+    _case("pooled keys", (6, 8), (3, 2), 2, size_kv=(3, 4), weights=True),
     _case("unequal widths", (4, 8), 2, 2, dims=(24, 40), scale=-0.3),
-    _case("large regions", (22, 18), (2, 1), 1),
+    _case("several tiles in a region", (10, 9), (2, 1), 1),
     _case("one token", (1, 1), 1, 1, weights=True),
     _case("no images", (4, 4), 2, 2, batch=0, weights=True),
 )
 
+
+def _launches() -> list[Case]:
+    """Soft routing, which takes most registers, and regions smaller than a tile."""
+    found = [
+        _case(f"head_dim {dim}", (64, 64), 4, 8, heads=(2, 2), dims=(dim, dim), weights=True)
+        for dim in (32, 64, 128, 256)
+    ]
+    return [*found, _case("small regions", (8, 8), 4, 8, heads=(2, 2), dims=(32, 32))]
+
+
 OPERATOR = Operator(
-    NAME, bilevel_routing_attention, _IMPLEMENTATIONS, CASES, _OPERATION, context="any size"
+    NAME,
+    bilevel_routing_attention,
+    _IMPLEMENTATIONS,
+    CASES,
+    _OPERATION,
+    _launches(),
+    context="any size",
 )

@@ -37,7 +37,7 @@ _SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
         32: (32, 32, 4, 2),
         64: (32, 32, 4, 1),
         128: (32, 16, 8, 1),
-        256: (32, 16, 8, 1),
+        256: (32, 16, 8, 1, 255),
     },
     ("query", 2): {
         32: (64, 32, 4, 2),
@@ -48,7 +48,7 @@ _SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
     ("query", 4): {
         32: (32, 16, 4, 2),
         64: (16, 32, 4, 2),
-        128: (16, 32, 8, 2),
+        128: (16, 32, 8, 2, 255),
         256: (16, 16, 8, 2),
     },
     ("key_value", 2): {
@@ -59,7 +59,7 @@ _SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
     },
     ("key_value", 4): {
         32: (32, 16, 4, 2),
-        64: (32, 32, 8, 2),
+        64: (32, 32, 8, 2, 255),
         128: (16, 16, 8, 1),
         256: (16, 16, 8, 1),
     },
@@ -99,13 +99,14 @@ def config(kernel: str, head_dim: int, element_size: int, tokens: int) -> Config
             no larger than needed.
     """
     sizes = _SIZES[kernel, element_size]
-    queries, keys, *options = sizes[min(d for d in sizes if d >= head_dim)]
-    needed = max(16, triton.next_power_of_2(tokens))
+    queries, keys, num_warps, *options = sizes[min(d for d in sizes if d >= head_dim)]
+    size = keys if kernel == "key_value" else queries
+    needed = min(size, max(16, triton.next_power_of_2(tokens)))
     if kernel == "key_value":
-        keys = min(keys, needed)
+        keys = needed
     else:
-        queries = min(queries, needed)
-    return Config(queries, keys, *options)
+        queries = needed
+    return Config(queries, keys, max(1, num_warps * needed // size), *options)
 
 
 def _common_arguments(

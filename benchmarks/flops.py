@@ -19,7 +19,7 @@ import difflib
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -209,8 +209,18 @@ def _formulas() -> Mapping[str, Callable[..., int]]:
     return {
         _SDPA: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
         "aten::baddbmm": lambda _, a, b, *__, **___: 2 * math.prod(a) * b[-1],
+        "aten::einsum": _einsum_flops,  # fvcore has one that rounds
         **dispatch.FLOP_FORMULAS,
     }
+
+
+def _einsum_flops(equation: str, shapes: Sequence[Sequence[int]], *_: Any, **__: Any) -> int:
+    """Of two operands: the sizes of all labels."""
+    labels = equation.replace(" ", "").partition("->")[0].split(",")
+    if len(labels) != 2 or "." in equation:
+        raise ValueError(f"einsum {equation!r}: only two operands without an ellipsis are counted")
+    sizes = {name: n for term, shape in zip(labels, shapes) for name, n in zip(term, shape)}
+    return 2 * math.prod(sizes.values())
 
 
 def _flop_handle(formula: Callable[..., int]) -> Callable[[list[Any], list[Any]], int]:

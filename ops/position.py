@@ -85,6 +85,8 @@ def relative_coordinates(
         Index `(N, M)`, int64, of every pair of query and key (raster order) into the table
         `(T, 2)`, float32, of all distances (vertical, horizontal) that occur, in ascending order.
     """
+    if torch.jit.is_tracing():  # which makes tensors of sizes
+        query_size, key_size = (tuple(map(int, size)) for size in (query_size, key_size))
     device = torch.device("cpu" if device is None else device)
     extents = query_size if pretrain_size is None else pretrain_size
     (down, rows), (right, columns) = (

@@ -11,7 +11,9 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the interpreter")
-@pytest.mark.parametrize("name", ["test_kernels.py", "test_operators.py"])
+@pytest.mark.parametrize(
+    "name", ["test_kernels.py", "test_operators.py", "test_bilevel_routing.py"]
+)
 def test_in_the_interpreter(name: str) -> None:
     tests = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--import-mode=importlib", str(tests)]

@@ -83,7 +83,7 @@ def _gather(case: Case, device: torch.device) -> Callable[..., Tensor]:
         shape = (batch * REGIONS, -1, *query.shape[-2:])
         k, v = (part.reshape(shape).transpose(1, 2) for part in taken.chunk(2, -1))
         q = _regions(query).view(shape).transpose(1, 2)
-        return _map(_eager(q, k.contiguous(), v.contiguous()).transpose(1, 2), query.shape)
+        return _map(_eager(q, k, v).transpose(1, 2), query.shape)
 
     return run
 

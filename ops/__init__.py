@@ -10,6 +10,13 @@ from vitarium.ops.bilevel_mixers import (
 )
 from vitarium.ops.bilevel_routing import bilevel_routing_attention, route
 from vitarium.ops.crossformer import DynamicPositionBias, LongShortDistanceAttention
+from vitarium.ops.dense_mixers import (
+    LengthScaledCosineAttention,
+    MixtureOfHeadAttention,
+    MixtureOfHeadDotProductAttention,
+    MultiHeadAttention,
+    SingleHeadAttention,
+)
 from vitarium.ops.dispatch import BACKENDS, OPERATORS, Case, backend
 from vitarium.ops.halo import HaloAttention, OverlappingCrossAttention
 from vitarium.ops.mixer import MIXERS, Mixer, build_mixer, qkv_heads
@@ -38,11 +45,16 @@ __all__ = [
     "GridAttention",
     "HaloAttention",
     "HeadRouter",
+    "LengthScaledCosineAttention",
     "LongShortDistanceAttention",
     "Mixer",
+    "MixtureOfHeadAttention",
+    "MixtureOfHeadDotProductAttention",
     "MultiAxisAttention",
+    "MultiHeadAttention",
     "NeighborhoodAttention",
     "OverlappingCrossAttention",
+    "SingleHeadAttention",
     "WindowAttention",
     "aggregated_attention",
     "attention",

@@ -318,7 +318,8 @@ class HeadRouter(nn.Module):
     @staticmethod
     def _balance_loss(scores: Tensor, active: Tensor) -> Tensor:
         experts = scores.shape[-1]
-        score, share = (t.flatten(0, -2).mean(0) for t in (scores, active.to(scores.dtype)))
+        # Shares in float32 whatever the dtype, as in the official code.
+        score, share = (t.flatten(0, -2).mean(0) for t in (scores, active.float()))
         return (score * share).mean() * experts**2
 
     def __getstate__(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ _LOGARITHM = (
     (0.005875095403124574, 0.15464763749839067, 0.986494295851896, 2.453006071784736,
      2.612677543073109, 1.0),
 )  # fmt: skip
+_LOG2 = 0.693147182464599609375  # in float32
 
 
 def _logarithm(x: Tensor) -> Tensor:
@@ -41,8 +42,7 @@ def _logarithm(x: Tensor) -> Tensor:
         fused = polynomials * mantissa + coefficients.view(-1, *[1] * mantissa.dim())
         polynomials = fused.float().double()
     quotient = (polynomials[0] / polynomials[1]).float()
-    log2 = torch.tensor(math.log(2)).double()
-    return ((exponent - small.int()) * log2.to(x.device) + quotient).float()
+    return ((exponent - small.int()).double() * _LOG2 + quotient).float()
 
 
 @kept

@@ -51,14 +51,14 @@ def _axis(queries: int, keys: int, extent: int, device: torch.device) -> tuple[T
     # In halves of a step:
     distance = 2 * torch.arange(queries, device=device)[:, None] - (start + stop - 1)
     reach = 2 * queries - 1 - -(-queries // keys)
-    if not isinstance(queries, int):  # symbolic
-        found = torch.arange(-reach, reach + 1, device=device)
-    elif queries % keys == 0:
+    if isinstance(queries, int) and queries % keys == 0:
         found = torch.arange(-reach, reach + 1, 2, device=device)
-    else:
+    elif isinstance(queries, int) and not torch.compiler.is_compiling():
         centres = [j * queries // keys - -(j + 1) * queries // keys - 1 for j in range(keys)]
         met = {2 * query - centre for query in range(queries) for centre in centres}
         found = torch.tensor(sorted(met), device=device)
+    else:  # of a size that may vary: more than are met
+        found = torch.arange(-reach, reach + 1, device=device)
     relative = found.float() / 2 / max(extent - 1, 1) * 8
     spaced = torch.sign(relative) * torch.log2(relative.abs() + 1) / math.log2(8)
     return torch.searchsorted(found, distance), spaced

@@ -177,6 +177,33 @@ class Plan:
             taken.mul_(weights.reshape(-1, 1))
         return taken.view(len(index), self.keys, rows.shape[2])
 
+    def add(
+        self,
+        total: Tensor,
+        index: Tensor,
+        factor: Tensor | None,
+        grad: Tensor,
+        rows: Tensor,
+        sums: Tensor | None,
+    ) -> None:
+        """Add gradients of taken rows to those of the rows they were taken from.
+
+        Args:
+            total: `(rows, tokens, channels)`.
+            index, factor: what `take` was given.
+            grad: as `take` returns; it is written to.
+            rows: what was taken, for the gradients of the weights, which are added to `sums`.
+        """
+        grad = grad.view(index.numel(), -1)
+        if sums is not None:
+            products = self.take("unweighted", rows, index, None).view(grad.shape).mul_(grad)
+            sums += products.sum(-1, dtype=sums.dtype).view(index.shape)
+        if factor is not None:
+            grad.mul_(factor.reshape(-1, 1))
+        if grad.dtype != total.dtype:
+            grad = self.work.take("wide", grad.shape, total.dtype).copy_(grad)
+        total.view(-1, grad.shape[1]).index_add_(0, index.flatten(), grad)
+
     def softmax(self, query: Tensor, key: Tensor, scale: float, out: Tensor | None) -> Tensor:
         """Weights `(rows, queries, keys)`, in `out` or in a buffer."""
         shape = (*query.shape[:2], self.keys)
@@ -212,6 +239,8 @@ def forward(
     plan = Plan(query, key, value, routing, grid)
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     saved = query.new_empty(saved_shape(query, key, routing, grid, training), dtype=torch.float32)
+    # With a single band the keys have served when the values come: one buffer stays in cache.
+    value_buffer = "taken key" if len(plan.bands) == 1 else "taken value"
     for unit in plan.units:
         q_rows = plan.rows("query", unit, query)
         k_rows = plan.rows("key", unit, key)
@@ -222,10 +251,11 @@ def forward(
         for chunk in plan.chunks(table):
             index, factor = table[chunk], None if soft is None else soft[chunk]
             k = plan.take("taken key", k_rows, index, factor)
-            v = plan.take("taken value", v_rows, index, factor)
             for band in plan.bands:
                 target = None if kept is None else kept[chunk, band]
                 p = plan.softmax(q_rows[chunk, band], k, scale, target)
+                if band.start == 0:
+                    v = plan.take(value_buffer, v_rows, index, factor)
                 torch.bmm(p, v, out=out[chunk, band])
         plan.put(out, unit, output)
     plan.work.close()
@@ -254,6 +284,11 @@ def backward(
     wide = torch.promote_types(dtype, torch.float32)
     grads = [x.new_empty(x.shape) for x in (query, key, value)]
     grad_weights = weights.new_zeros(weights.shape, dtype=wide) if weights_need_grad else None
+    # With a single band each of these has served when the next comes: one buffer stays in cache.
+    single = len(plan.bands) == 1
+    v_name, grad_k_name, grad_v_name = (
+        "taken" if single else name for name in ("taken value", "grad key", "grad value")
+    )
     for unit in plan.units:
         q_rows = plan.rows("query", unit, query)
         k_rows = plan.rows("key", unit, key)
@@ -269,31 +304,26 @@ def backward(
             sums = work.take("grad weights", table.shape, wide).zero_()
         for chunk in plan.chunks(table):
             index, factor = table[chunk], None if soft is None else soft[chunk]
+            chunk_sums = None if sums is None else sums[chunk]
             k = plan.take("taken key", k_rows, index, factor)
-            v = plan.take("taken value", v_rows, index, factor)
-            grad_k = work.take("grad key", k.shape, dtype)
-            grad_v = work.take("grad value", v.shape, dtype)
             for band in plan.bands:
                 q, g = q_rows[chunk, band], g_rows[chunk, band]
-                beta = 0 if band.start == 0 else 1
+                beta, last = int(band.start > 0), band.stop == plan.queries
                 p = plan.softmax(q, k, scale, None) if kept is None else kept[chunk, band]
+                grad_v = work.take(grad_v_name, (len(q), plan.keys, v_rows.shape[2]), dtype)
                 torch.baddbmm(grad_v, p.mT, g, beta=beta, out=grad_v)
+                if last:
+                    plan.add(v_total, index, factor, grad_v, v_rows, chunk_sums)
+                if band.start == 0:
+                    v = plan.take(v_name, v_rows, index, factor)
                 s = torch.bmm(g, v.mT, out=work.take("scores", p.shape, dtype))
                 s = torch._softmax_backward_data(s, p, -1, dtype, grad_input=s)
+                grad_k = work.take(grad_k_name, k.shape, dtype)
                 torch.baddbmm(grad_k, s.mT, q, beta=beta, alpha=scale, out=grad_k)
+                if last:
+                    plan.add(k_total, index, factor, grad_k, k_rows, chunk_sums)
                 target = q_total[chunk, band]
                 torch.baddbmm(target, s, k, beta=0, alpha=scale, out=target)
-            for rows, total, part in ((k_rows, k_total, grad_k), (v_rows, v_total, grad_v)):
-                part = part.view(index.numel(), -1)
-                if sums is not None:
-                    unweighted = plan.take("taken key", rows, index, None).view(part.shape)
-                    products = unweighted.mul_(part).sum(-1, dtype=wide)
-                    sums[chunk] += products.view(index.shape)
-                if factor is not None:
-                    part.mul_(factor.reshape(-1, 1))
-                if dtype != wide:
-                    part = work.take("wide", part.shape, wide).copy_(part)
-                total.view(-1, part.shape[1]).index_add_(0, index.flatten(), part)
         for total, x in zip((q_total, k_total, v_total), grads):
             plan.put(total, unit, x)
         if grad_weights is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitarium.benchmarks import neighborhood, window
+from vitarium.benchmarks import bilevel_routing, neighborhood, window
 from vitarium.benchmarks.arguments import DTYPES
 from vitarium.benchmarks.suite import Setting, Suite
 from vitarium.ops import OPERATORS
@@ -16,6 +16,7 @@ from vitarium.ops import OPERATORS
 SUITES: Mapping[str, Suite] = {
     "neighborhood_attention": neighborhood.SUITE,
     "window_attention": window.SUITE,
+    "bilevel_routing_attention": bilevel_routing.SUITE,
 }
 FLOOR = "floor"
 

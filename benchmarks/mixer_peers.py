@@ -9,7 +9,9 @@ from timm.models.maxxvit import (
     MaxxVitTransformerCfg,
     PartitionAttentionCl,
 )
+from timm.models.shvit import SHSA
 from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from vitarium.benchmarks.mixers import Build, Contest
@@ -34,6 +36,14 @@ def _loaded(module: nn.Module, mixer: Mixer) -> nn.Module:
     own = dict(module.named_parameters())
     if unexpected or set(missing) & own.keys():
         raise ValueError(f"state dicts differ: missing {missing}, unexpected {unexpected}")
+    return module
+
+
+def _loaded_convolutions(module: nn.Module, mixer: Mixer) -> nn.Module:
+    """The same, where the mixer's linear layers are the module's 1x1 convolutions."""
+    state = mixer.state_dict()
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    module.load_state_dict({name: state[name].view(shape) for name, shape in shapes.items()})
     return module
 
 
@@ -78,11 +88,22 @@ def _maxvit(partition: str, fused: bool) -> Build:
 
 
 def _halo(mixer: Mixer, size: tuple[int, int]) -> nn.Module:
+    """timm's halo attention."""
     module = HaloAttn(mixer.dim, num_heads=mixer.num_heads, block_size=8, halo_size=3)
-    state = mixer.state_dict()  # linear layers are its 1x1 convolutions
-    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    module.load_state_dict({name: state[name].view(shape) for name, shape in shapes.items()})
-    return module
+    return _loaded_convolutions(module, mixer)
+
+
+def _vit(mixer: Mixer, size: tuple[int, int]) -> nn.Module:
+    """timm's ViT attention, on the map's tokens as a sequence."""
+    module = _loaded(Attention(mixer.dim, mixer.num_heads, qkv_bias=True), mixer)
+    return _Through(module, lambda x: module(x.flatten(1, 2)).view(x.shape))
+
+
+def _shvit(mixer: Mixer, size: tuple[int, int]) -> nn.Module:
+    """timm's single-head attention."""
+    return _loaded_convolutions(
+        SHSA(mixer.dim, qk_dim=mixer.widths[0], pdim=mixer.widths[-1]), mixer
+    )
 
 
 SWIN = {"timm_eager": _swin(False), "timm_sdpa": _swin(True)}
@@ -107,4 +128,9 @@ CONTESTS: list[Contest] = [
     ),
     Contest("32x32 C 128 block 8 halo 3", "halo", 128, (32, 32),
             {"num_heads": 4, "block_size": 8, "halo_size": 3}, {"timm_nchw": _halo}),
+    Contest("14x14 C 384 heads 6", "attention", 384, (14, 14), {"num_heads": 6}, {"timm": _vit}),
+    Contest("28x28 C 192 heads 6", "attention", 192, (28, 28), {"num_heads": 6}, {"timm": _vit}),
+    Contest("14x14 C 128 pdim 32", "single_head", 128, (14, 14), {"pdim": 32},
+            {"timm_nchw": _shvit}),
+    Contest("7x7 C 224 pdim 48", "single_head", 224, (7, 7), {"pdim": 48}, {"timm_nchw": _shvit}),
 ]  # fmt: skip

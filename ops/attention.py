@@ -366,11 +366,26 @@ CASES = (
     _case("widths that are no powers of two", (4, 9), dims=(24, 40), bias=(1, 1), scale=-0.3),
     _case("three dimensions", (2, 3, 4), (2, 2, 2), heads=(2, 2)),
     _case("one token", (1, 1), bias=(1,)),
-    _case("more scores than are kept", (17, 16), (16, 16), dims=(8, 8), bias=(1,)),
     _case("no keys", (4,), (0,), bias=(1,)),
     _case("no images", (4, 4), batch=0, bias=(1,)),
 )
 
+LAUNCHES = (
+    _case("width 32", (14, 14), heads=(4, 2), dims=(32, 32)),
+    _case("width 32, bias", (14, 14), heads=(2, 2), dims=(32, 32), bias=(2,)),
+    _case("width 64, bias", (14, 14), heads=(2, 2), dims=(64, 64), bias=(2,)),
+    _case("width 64, causal", (14, 14), heads=(2, 2), dims=(64, 64), is_causal=True),
+    _case("queries of 16, values of 64", (14, 14), dims=(16, 64)),
+    _case("width 128, bias", (14, 14), heads=(2, 2), dims=(128, 128), bias=(1,)),
+    _case("width 256, bias", (14, 14), heads=(2, 2), dims=(256, 256), bias=(1, 2)),
+)
+
 OPERATOR = Operator(
-    NAME, attention, _IMPLEMENTATIONS, CASES, operation=_OPERATION, context="any size"
+    NAME,
+    attention,
+    _IMPLEMENTATIONS,
+    CASES,
+    operation=_OPERATION,
+    launches=LAUNCHES,
+    context="any size",
 )

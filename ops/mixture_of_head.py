@@ -378,15 +378,20 @@ def _case(
 
 
 CASES = (
-    _case("small, one head unused, bias", (5, 4), batch=2, heads=(3, 3), bias=(3,)),
+    _case("one head unused, bias of every head", (5, 4), batch=2, heads=(3, 3), bias=(3,)),
     _case("no head is skipped", (4, 5), share=None),
-    _case("many queries, bias of every head", (11, 13), batch=2, heads=(3, 3), bias=(3,)),
-    _case("grouped heads, bias of images", (12, 12), batch=2, heads=(4, 2), bias=(2, 1)),
-    _case("causal, unequal widths", (131,), dims=(16, 24), is_causal=True),
-    _case("cross, few tokens active", (9, 18), (110,), bias=(1, 1), share=0.03, scale=0.3),
-    _case("no token active but of one head", (130,), heads=(3, 1), share=0.0),
+    _case("grouped heads, bias of images", (3, 8), batch=2, heads=(4, 2), bias=(2, 1)),
+    _case("causal, unequal widths", (71,), dims=(16, 24), is_causal=True),
+    _case("cross, few tokens active", (5, 9), (21,), bias=(1, 1), share=0.1, scale=0.3),
+    _case("only one head active", (30,), heads=(3, 1), share=0.0),
     _case("no images", (4, 4), batch=0, bias=(1,)),
 )
+
+LAUNCHES = tuple(
+    _case(f"width {width}{note}", (14, 14), heads=(4, 4), dims=(width, width), bias=bias)
+    for width, note, bias in ((32, "", ()), (32, ", bias", (4,)), (64, ", bias", (4,)),
+                              (128, ", bias", (4,)), (256, ", bias", (4,)))
+)  # fmt: skip
 
 OPERATOR = Operator(
     NAME,
@@ -394,5 +399,6 @@ OPERATOR = Operator(
     _IMPLEMENTATIONS,
     CASES,
     operation=_OPERATION,
+    launches=LAUNCHES,
     context="any size",
 )

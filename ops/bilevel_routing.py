@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitarium.ops import bilevel_portable as portable
@@ -202,16 +203,16 @@ def route(
 
 def _region_means(x: Tensor, grid: tuple[int, int], extent: tuple[int, int] | None) -> Tensor:
     """`(B, regions, C)` of `(B, H, W, C)`."""
-    height, width = x.shape[1:3]
-    parts = x.unflatten(2, (grid[1], -1)).unflatten(1, (grid[0], -1))
-    if extent is None or tuple(extent) == (height, width):
-        return parts.mean((2, 4)).flatten(1, 2)
-    counts = [
-        (length - torch.arange(0, whole, whole // n, device=x.device)).clamp(0, whole // n)
-        for length, whole, n in zip(extent, (height, width), grid)
-    ]
-    count = (counts[0][:, None] * counts[1]).clamp(min=1)
-    return (parts.sum((2, 4)) / count[..., None]).flatten(1, 2)
+    size = (x.shape[1] // grid[0], x.shape[2] // grid[1])
+    means = F.avg_pool2d(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
+    if extent is not None and tuple(extent) != tuple(x.shape[1:3]):
+        inside = [
+            (length - torch.arange(n, device=x.device) * tokens).clamp(0, tokens)
+            for length, n, tokens in zip(extent, grid, size)
+        ]
+        count = (inside[0][:, None] * inside[1]).clamp(min=1)
+        means = means * (math.prod(size) / count)[..., None].to(means.dtype)
+    return means.flatten(1, 2)
 
 
 # --- the definition ------------------------------------------------------------------------------

@@ -309,6 +309,9 @@ _OPERATION = Differentiable(
 
 
 def _triton_refuses(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
+    for name, size in (("head_dim", query.shape[-1]), ("value_dim", value.shape[-1])):
+        if query.dtype == torch.float32 and size > 128:
+            return f"{name} {size} exceeds 128 in float32"
     return dispatch.triton_refuses(query, head_dim=query.shape[-1], value_dim=value.shape[-1])
 
 
@@ -366,12 +369,12 @@ CASES = (
 
 
 def _launches() -> list[Case]:
-    """Every width, with all tensors and with none of the optional ones."""
+    """Every width that all data types have, with all tensors and none of the optional ones."""
     return [
         _case(
             f"{note}, head_dim {dim}", (16, 16), 49, batch=2, heads=(2, 2), dims=(dim, dim), **extra
         )
-        for dim in (32, 64, 128, 256)
+        for dim in (32, 64, 128)
         for note, extra in (
             ("everything", {}),
             ("window of seven alone", {"optional": (), "window_size": 7}),

@@ -21,16 +21,65 @@ PARTIAL_BYTES = 64 << 20
 # Sides of a tile of the map by its number of tokens.
 _TILES = {16: (1, 4, 4), 32: (1, 4, 8), 64: (1, 8, 8)}
 
-# (kernel, element size) -> by padded head_dim: queries, pooled keys, num_warps, num_stages.
+# (kernel, element size) -> by padded head_dim: queries, pooled keys, num_warps, num_stages. Read off
+# ahead-of-time compilation (`sheet.py`) for compute capability 8.0, 9.0 and 10.0: the largest tiles
+# without register spills. In float32 there are none for heads wider than 128.
 _SIZES: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
-    (kernel, size): {
-        32: (64, 64, 4, 2),
-        64: (64, 64, 4, 2),
+    ("forward", 2): {
+        32: (64, 32, 4, 2),
+        64: (64, 32, 4, 2),
         128: (32, 32, 4, 2),
+        256: (32, 32, 8, 1),
+    },
+    ("forward", 4): {
+        32: (32, 32, 4, 1),
+        64: (32, 32, 4, 1),
+        128: (32, 32, 8, 1),
+    },
+    ("query", 2): {
+        32: (64, 64, 4, 2),
+        64: (64, 32, 4, 2),
+        128: (64, 32, 8, 2),
+        256: (32, 32, 8, 1),
+    },
+    ("query", 4): {
+        32: (32, 32, 4, 1),
+        64: (32, 32, 8, 1),
+        128: (16, 16, 8, 1),
+    },
+    ("key_value", 2): {
+        32: (64, 16, 4, 2),
+        64: (64, 16, 8, 2),
+        128: (32, 16, 8, 1),
+        256: (16, 16, 8, 1),
+    },
+    ("key_value", 4): {
+        32: (64, 16, 4, 1),
+        64: (32, 16, 4, 1),
+        128: (32, 16, 8, 1),
+    },
+    ("pooled", 2): {
+        32: (64, 64, 4, 2),
+        64: (32, 64, 4, 2),
+        128: (32, 64, 8, 2),
+        256: (32, 32, 8, 1),
+    },
+    ("pooled", 4): {
+        32: (16, 32, 4, 1),
+        64: (32, 32, 8, 1),
+        128: (16, 32, 8, 1),
+    },
+    ("pooled_bias", 2): {
+        32: (64, 32, 4, 2),
+        64: (64, 64, 4, 2),
+        128: (64, 32, 8, 2),
         256: (16, 16, 4, 1),
-    }
-    for kernel in ("forward", "query", "key_value", "pooled", "pooled_bias")
-    for size in (2, 4)
+    },
+    ("pooled_bias", 4): {
+        32: (32, 32, 4, 1),
+        64: (32, 32, 4, 1),
+        128: (32, 32, 4, 1),
+    },
 }
 
 
@@ -68,6 +117,7 @@ def _arguments(
     value: Tensor,
     pooled_key: Tensor,
     pooled_value: Tensor,
+    window_size: int,
     scale: float,
 ) -> dict[str, Any]:
     """Arguments that are the same for all kernels that take them."""
@@ -75,6 +125,7 @@ def _arguments(
         "lengths": (1, *query.shape[1:3]),
         "pooled": pooled_key.shape[1],
         "scale": scale,
+        "K": window_size,
         "GROUP": query.shape[-2] // key.shape[-2],
         **widths(query, value),
     }
@@ -88,12 +139,6 @@ def _arguments(
         found[name] = tensor
         found[f"{name}_strides"] = map_strides(tensor)
     return found
-
-
-def _window(window_size: int) -> dict[str, int]:
-    """A small window is unrolled, a large one in rows."""
-    places = window_size**2
-    return {"K": window_size, "UNROLL": places if places <= 9 else window_size}
 
 
 def _launch(
@@ -135,9 +180,8 @@ def forward(
         query.shape[0] * query.shape[-2] * math.prod(counts),
         query.device,
         {
-            **_arguments(query, key, value, pooled_key, pooled_value, scale),
+            **_arguments(query, key, value, pooled_key, pooled_value, window_size, scale),
             **_optional(bias, pooled_bias, window_weights),
-            **_window(window_size),
         },
         output=output,
         logsumexp=logsumexp,
@@ -195,9 +239,8 @@ def backward(
     device, heads, heads_kv = query.device, query.shape[-2], key.shape[-2]
     delta = torch.empty_like(logsumexp)
     arguments = {
-        **_arguments(query, key, value, pooled_key, pooled_value, scale),
+        **_arguments(query, key, value, pooled_key, pooled_value, window_size, scale),
         **_optional(bias, pooled_bias, window_weights),
-        **_window(window_size),
         "logsumexp": logsumexp,
         "logsumexp_strides": row_strides(logsumexp),
         "delta": delta,

@@ -44,7 +44,7 @@ def query_kernel(
     lengths, tiles, heads, pooled, scale,  # arguments as those of forward_kernel
     GROUP: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr, UNROLL: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
     BLOCK_M: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     batch, head, at, present = tile_of_program(tiles, heads, lengths, TILE)
@@ -55,7 +55,7 @@ def query_kernel(
     o = load_map(output, output_strides, batch, head, at, present, VALUE_D, BLOCK_VALUE_D, LARGE)
     row_delta = tl.sum(o.to(tl.float32) * grad_wide, 1)
     if window_weights is not None:  # their part of the output is none of the softmax
-        for place in tl.range(0, K * K, loop_unroll_factor=UNROLL):
+        for place in range(K * K):
             k_at, seen = shifted(at, present, place, lengths, K, 1)
             v = load_map(
                 value, value_strides, batch, head // GROUP, k_at, seen,
@@ -80,7 +80,7 @@ def query_kernel(
         logsumexp, logsumexp_strides, batch, head, at, present, float("inf"), LARGE
     )
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for place in tl.range(0, K * K, loop_unroll_factor=UNROLL):
+    for place in range(K * K):
         k_at, seen = shifted(at, present, place, lengths, K, 1)
         k = load_map(key, key_strides, batch, head // GROUP, k_at, seen, D, BLOCK_D, LARGE).to(
             tl.float32
@@ -154,7 +154,7 @@ def key_value_kernel(
     scale,
     GROUP: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
-    LARGE: tl.constexpr, UNROLL: tl.constexpr,
+    LARGE: tl.constexpr,
 ):  # fmt: skip
     BLOCK: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     batch, key_head, at, present = tile_of_program(tiles, heads, lengths, TILE)
@@ -166,7 +166,7 @@ def key_value_kernel(
     v_accumulator = tl.zeros([BLOCK, BLOCK_VALUE_D], tl.float32)
     for member in range(GROUP):
         head = key_head * GROUP + member
-        for place in tl.range(0, K * K, loop_unroll_factor=UNROLL):
+        for place in range(K * K):
             q_at, seen = shifted(at, present, place, lengths, K, -1)
             q, grad, row_logsumexp, row_delta = load_queries(
                 query, grad_output, logsumexp, delta,

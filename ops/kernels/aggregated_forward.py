@@ -1,8 +1,8 @@
 """Aggregated attention, forward: one program computes one tile of queries of one head.
 
-The window is too small for matrix products: its places are taken one after the other, as
-elementwise products of the tile with the map shifted, which its first-level cache holds. The pooled
-keys follow in tiles, as matrix products. One online softmax in base 2 runs over both.
+The pooled keys are taken in tiles, as matrix products. The window is too small for these: its
+places follow one after the other, as elementwise products of the tile with the map shifted, which
+the first-level cache holds. One online softmax in base 2 runs over both.
 
 Also what forward and backward share: the tile, its window and the pooled keys.
 """
@@ -133,36 +133,13 @@ def forward_kernel(
     TILE: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
-    UNROLL: tl.constexpr,  # places of the window
 ):  # fmt: skip
     BLOCK_M: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     batch, head, at, present = tile_of_program(tiles, heads, lengths, TILE)
     q = load_map(query, query_strides, batch, head, at, present, D, BLOCK_D, LARGE)
-    q_wide = q.to(tl.float32)
     maximum = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: no inf - inf
     total = tl.zeros([BLOCK_M], tl.float32)
     accumulator = tl.zeros([BLOCK_M, BLOCK_VALUE_D], tl.float32)
-    further = tl.zeros([BLOCK_M, BLOCK_VALUE_D], tl.float32)
-    for place in tl.range(0, K * K, loop_unroll_factor=UNROLL):
-        k_at, seen = shifted(at, present, place, lengths, K, 1)
-        k = load_map(key, key_strides, batch, head // GROUP, k_at, seen, D, BLOCK_D, LARGE)
-        v = load_map(
-            value, value_strides, batch, head // GROUP, k_at, seen, VALUE_D, BLOCK_VALUE_D, LARGE
-        ).to(tl.float32)
-        scores = window_scores(q_wide, k.to(tl.float32), bias, head, place, bias_strides, scale)
-        scores = tl.where(seen, scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, scores)
-        weights = tl.exp2(scores - new_maximum)
-        decay = tl.exp2(maximum - new_maximum)
-        total = total * decay + weights
-        accumulator = accumulator * decay[:, None] + weights[:, None] * v
-        maximum = new_maximum
-        if window_weights is not None:
-            extra = load_numbers(
-                window_weights + place * window_weights_strides[5], window_weights_strides,
-                batch, head, at, seen, 0.0, LARGE,
-            )  # fmt: skip
-            further += extra.to(tl.float32)[:, None] * v
     token = at[1] * lengths[2] + at[2]
     for start in range(0, pooled, BLOCK_N):
         k_at, k_exists = pooled_at(start, pooled, BLOCK_N)
@@ -184,6 +161,28 @@ def forward_kernel(
         maximum, total, accumulator = softmax_step(
             scores, v, maximum, total, accumulator, 1.0, PRECISION, UPCAST
         )
+    q_wide = q.to(tl.float32)
+    further = tl.zeros([BLOCK_M, BLOCK_VALUE_D], tl.float32)
+    for place in range(K * K):
+        k_at, seen = shifted(at, present, place, lengths, K, 1)
+        k = load_map(key, key_strides, batch, head // GROUP, k_at, seen, D, BLOCK_D, LARGE)
+        v = load_map(
+            value, value_strides, batch, head // GROUP, k_at, seen, VALUE_D, BLOCK_VALUE_D, LARGE
+        ).to(tl.float32)
+        scores = window_scores(q_wide, k.to(tl.float32), bias, head, place, bias_strides, scale)
+        scores = tl.where(seen, scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, scores)
+        weights = tl.exp2(scores - new_maximum)
+        decay = tl.exp2(maximum - new_maximum)
+        total = total * decay + weights
+        accumulator = accumulator * decay[:, None] + weights[:, None] * v
+        maximum = new_maximum
+        if window_weights is not None:
+            extra = load_numbers(
+                window_weights + place * window_weights_strides[5], window_weights_strides,
+                batch, head, at, seen, 0.0, LARGE,
+            )  # fmt: skip
+            further += extra.to(tl.float32)[:, None] * v
     result = accumulator / total[:, None] + further
     store_map(
         output, output_strides, batch, head, at, present, result, VALUE_D, BLOCK_VALUE_D, LARGE

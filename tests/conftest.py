@@ -3,6 +3,7 @@
 import json
 import lzma
 import math
+import os
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each
+    torch.set_num_threads(1)
 
 
 class Parity:

@@ -7,7 +7,7 @@ Self-Attention", 2111.15193).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -156,7 +156,7 @@ class BiLevelRoutingAttention(Mixer, name="bilevel_routing"):
         return query, key, value
 
     def _route(
-        self, query: Tensor, key: Tensor, size: tuple[int, int]
+        self, query: Tensor, key: Tensor, size: Sequence[int]
     ) -> tuple[Tensor, Tensor | None]:
         if not self.diff_routing:
             query, key = query.detach(), key.detach()
@@ -190,12 +190,12 @@ class BiLevelRoutingAttention(Mixer, name="bilevel_routing"):
         ).flatten(3)
         output = output[:, :height, :width]
         if self.lepe is not None:
-            output = output + self._enhance(value.flatten(3), height, width)
+            output = output + self._enhance(self.lepe, value.flatten(3), height, width)
         return output if self.proj is None else self.proj(output)
 
-    def _enhance(self, value: Tensor, height: int, width: int) -> Tensor:
+    def _enhance(self, lepe: nn.Conv2d, value: Tensor, height: int, width: int) -> Tensor:
         """The local enhancement, which sees the padding."""
-        return _convolve(self.lepe, value)[:, :height, :width]
+        return _convolve(lepe, value)[:, :height, :width]
 
     def attention_map(self, x: Tensor, query: tuple[int, int]) -> Tensor:
         if self.pool is not None:
@@ -294,14 +294,14 @@ class BiLevelRoutingAttentionNCHW(BiLevelRoutingAttention, name="bilevel_routing
         return query, key, value
 
     def _route(
-        self, query: Tensor, key: Tensor, size: tuple[int, int]
+        self, query: Tensor, key: Tensor, size: Sequence[int]
     ) -> tuple[Tensor, Tensor | None]:
-        grid = self.grid(*size)
+        grid, extent = self.grid(*size), (size[0], size[1])
         topk = min(self.topk, grid[0] * grid[1])
-        return route(query.detach(), key.detach(), grid, topk, extent=size)[0], None
+        return route(query.detach(), key.detach(), grid, topk, extent=extent)[0], None
 
-    def _enhance(self, value: Tensor, height: int, width: int) -> Tensor:
-        return _convolve(self.lepe, value[:, :height, :width])
+    def _enhance(self, lepe: nn.Conv2d, value: Tensor, height: int, width: int) -> Tensor:
+        return _convolve(lepe, value[:, :height, :width])
 
 
 class AttentionLePE(Mixer, name="attention_lepe"):

@@ -283,7 +283,9 @@ def backward(
     work, dtype = plan.work, plan.dtype
     wide = torch.promote_types(dtype, torch.float32)
     grads = [x.new_empty(x.shape) for x in (query, key, value)]
-    grad_weights = weights.new_zeros(weights.shape, dtype=wide) if weights_need_grad else None
+    grad_weights = None
+    if weights is not None and weights_need_grad:
+        grad_weights = weights.new_empty(weights.shape, dtype=wide)
     # With a single band each of these has served when the next comes: one buffer stays in cache.
     single = len(plan.bands) == 1
     v_name, grad_k_name, grad_v_name = (
@@ -326,9 +328,9 @@ def backward(
                 torch.baddbmm(target, s, k, beta=0, alpha=scale, out=target)
         for total, x in zip((q_total, k_total, v_total), grads):
             plan.put(total, unit, x)
-        if grad_weights is not None:
+        if grad_weights is not None and sums is not None:
             grad_weights[unit] = sums.view(-1, plan.regions, plan.heads, plan.topk).sum(2)
     work.close()
-    if grad_weights is not None:
+    if weights is not None and grad_weights is not None:
         grad_weights = grad_weights.to(weights.dtype)
     return *grads, grad_weights, None

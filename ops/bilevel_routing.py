@@ -69,7 +69,7 @@ def bilevel_routing_attention(
     """
     grid = _check(query, key, value, routing, n_win, weights)
     if scale is None:
-        scale = query.shape[-1] ** -0.5
+        scale = float(query.shape[-1] ** -0.5)
     elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
         raise TypeError(f"{NAME}: scale must be a number or None, got {type(scale).__name__}")
     elif not -math.inf < scale < math.inf:
@@ -256,21 +256,21 @@ def _reference(
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    *args, training, fused = args
+    *call, training, fused = args
     if fused:
         from vitarium.ops.kernels import bilevel_routing as kernels
 
-        return kernels.forward(*args)
-    return portable.forward(*args, training)
+        return kernels.forward(*call)
+    return portable.forward(*call, training)
 
 
 def _backward(grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-    *args, _, fused, needs = args
+    *call, _, fused, needs = args
     if fused:
         from vitarium.ops.kernels import bilevel_routing as kernels
 
-        return kernels.backward(grad, *args, needs[3])
-    return portable.backward(grad, *args, needs[3])
+        return kernels.backward(grad, *call, needs[3])
+    return portable.backward(grad, *call, needs[3])
 
 
 def _saved_shape(query, key, value, weights, routing, grid, scale, training, fused):

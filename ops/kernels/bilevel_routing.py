@@ -241,7 +241,7 @@ def backward(
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     grad_weights = None
     if output.numel() == 0:
-        if weights_need_grad:
+        if weights is not None and weights_need_grad:
             grad_weights = torch.zeros_like(weights)
         return grad_query, grad_key.zero_(), grad_value.zero_(), grad_weights, None
     delta = torch.empty_like(logsumexp)
@@ -273,7 +273,7 @@ def backward(
         **common,
         **tiles,
     )
-    if sums is not None:
+    if weights is not None and sums is not None:
         batch, regions, used = routing.shape
         sums = sums.view(batch, query.shape[-2], regions, tiles["tiles"], topk)
         grad_weights = sums.sum((1, 3))[..., :used].to(weights.dtype)

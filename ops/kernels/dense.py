@@ -33,14 +33,14 @@ _SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
     ("forward", 2): {
         32: (64, 64, 4, 3),
         64: (64, 64, 4, 3),
-        128: (64, 64, 4, 2),
+        128: (64, 64, 8, 2),
         256: (64, 32, 8, 2),
     },
     ("forward", 4): {
-        32: (32, 32, 4, 2),
-        64: (32, 32, 4, 2),
-        128: (32, 32, 8, 2),
-        256: (32, 16, 8, 1),
+        32: (32, 32, 4, 2, 255),
+        64: (32, 32, 4, 2, 255),
+        128: (32, 32, 8, 2, 255),
+        256: (32, 16, 8, 1, 255),
     },
     ("query", 2): {
         32: (64, 64, 4, 2),
@@ -49,10 +49,10 @@ _SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
         256: (32, 32, 8, 2),
     },
     ("query", 4): {
-        32: (32, 32, 4, 2),
-        64: (32, 32, 8, 2),
-        128: (16, 32, 8, 2),
-        256: (16, 16, 8, 2),
+        32: (32, 32, 4, 2, 255),
+        64: (32, 32, 8, 2, 255),
+        128: (16, 32, 8, 2, 255),
+        256: (16, 16, 8, 2, 255),
     },
     ("key_value", 2): {
         32: (32, 64, 4, 2),
@@ -61,31 +61,35 @@ _SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
         256: (32, 32, 8, 1),
     },
     ("key_value", 4): {
-        32: (32, 32, 8, 2),
-        64: (32, 32, 8, 2),
-        128: (16, 16, 8, 1),
-        256: (16, 16, 8, 1),
+        32: (32, 32, 8, 2, 255),
+        64: (32, 32, 8, 2, 255),
+        128: (16, 16, 8, 1, 255),
+        256: (16, 16, 8, 1, 255),
     },
     ("bias", 2): {
-        32: (64, 64, 4, 2),
-        64: (64, 64, 4, 2),
+        32: (64, 64, 8, 2),
+        64: (64, 64, 8, 2),
         128: (32, 64, 8, 2),
         256: (32, 32, 8, 2),
     },
     ("bias", 4): {
-        32: (32, 32, 4, 2),
-        64: (32, 32, 8, 2),
-        128: (32, 32, 8, 1),
-        256: (16, 16, 8, 1),
+        32: (32, 32, 4, 2, 255),
+        64: (32, 32, 8, 2, 255),
+        128: (32, 16, 8, 1, 255),
+        256: (16, 16, 8, 1, 255),
     },
 }
 WIDTHS = (32, 64, 128, 256)  # padded: the rows of the table
 
 
-def _config(kernel: str, query: Tensor, value: Tensor) -> dict[str, int | None]:
+def _config(
+    kernel: str, query: Tensor, value: Tensor, bias: Tensor | None
+) -> dict[str, int | None]:
     sizes = _SIZES[kernel, query.element_size()]
     width = max(query.shape[-1], value.shape[-1])
     queries, keys, warps, stages, *registers = sizes[min(w for w in WIDTHS if w >= width)]
+    if bias is not None and kernel in ("forward", "query"):
+        keys = max(16, keys // 2)  # a tile of bias takes as many registers as its scores
     return {
         "BLOCK_M": queries,
         "BLOCK_N": keys,
@@ -185,7 +189,7 @@ def forward(
     output = empty((*query.shape[:-1], value.shape[-1]))
     logsumexp = query.new_full(query.shape[:-1], float("inf"), dtype=torch.float32)
     if output.numel() and key.shape[1]:
-        config = _config("forward", query, value)
+        config = _config("forward", query, value, bias)
         tiles = triton.cdiv(query.shape[1], config["BLOCK_M"])
         launch(
             dense_forward.forward_kernel,
@@ -253,7 +257,7 @@ def backward(
             "grad_output_strides": map_strides(grad_output),
             "LARGE": _large(bias, query, key, value, output, grad_output),
         }
-        config = _config("query", query, value)
+        config = _config("query", query, value, bias)
         tiles = triton.cdiv(query.shape[1], config["BLOCK_M"])
         launch(
             dense_backward.query_kernel,
@@ -270,7 +274,7 @@ def backward(
             **lists,
             **config,
         )
-        config = _config("key_value", query, value)
+        config = _config("key_value", query, value, bias)
         tiles = triton.cdiv(key.shape[1], config["BLOCK_N"])
         launch(
             dense_backward.key_value_kernel,
@@ -301,7 +305,7 @@ def _grad_bias(query: Tensor, value: Tensor, bias: Tensor, common: dict[str, Any
     images, heads = (1, *bias.shape[:-2])[-2:]
     shared = query.shape[2] // heads
     steps = query.shape[0] // images * shared
-    config = _config("bias", query, value)
+    config = _config("bias", query, value, bias)
     tiles = triton.cdiv(bias.shape[-2], config["BLOCK_M"])
     key_tiles = triton.cdiv(bias.shape[-1], config["BLOCK_N"])
     programs = images * heads * tiles * key_tiles

@@ -66,7 +66,7 @@ def store_numbers(tensor, strides, batch, head, token, present, rows, LARGE: tl.
 def list_length(counts, batch, head, heads, queries):
     """Number of queries of a head: those of its list, if there is one."""
     if counts is not None:
-        return tl.load(counts + (batch.to(tl.int64) * heads + head))
+        queries = tl.load(counts + (batch.to(tl.int64) * heads + head))
     return queries
 
 
@@ -75,7 +75,7 @@ def listed_tokens(index, batch, head, heads, row, present, queries):
     """Tokens at places of a head's list; without lists the places themselves."""
     if index is not None:
         start = (batch.to(tl.int64) * heads + head) * queries
-        return tl.load(index + start + row, mask=present, other=0)
+        row = tl.load(index + start + row, mask=present, other=0)
     return row
 
 
@@ -92,9 +92,10 @@ def load_bias(bias, strides, batch, head, token, key, present, LARGE: tl.constex
 @triton.jit
 def visible(token, key, keys, CAUSAL: tl.constexpr):
     """Which of the keys exist and are seen by the tokens."""
+    seen = key < keys
     if CAUSAL:
-        return (key < keys) & (key <= token)
-    return key < keys
+        seen = seen & (key <= token)
+    return seen
 
 
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)

@@ -21,9 +21,9 @@ PARTIAL_BYTES = 64 << 20
 # Sides of a tile of the map by its number of tokens.
 _TILES = {16: (1, 4, 4), 32: (1, 4, 8), 64: (1, 8, 8)}
 
-# (kernel, element size) -> by padded head_dim: queries, pooled keys, num_warps, num_stages. Read off
-# ahead-of-time compilation (`sheet.py`) for compute capability 8.0, 9.0 and 10.0: the largest tiles
-# without register spills. In float32 there are none for heads wider than 128.
+# (kernel, element size) -> by padded head_dim: queries, pooled keys, num_warps, num_stages. Read
+# off ahead-of-time compilation (`sheet.py`) for compute capability 8.0, 9.0 and 10.0: the largest
+# tiles without register spills. In float32 there are none for heads wider than 128.
 _SIZES: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
     ("forward", 2): {
         32: (64, 32, 4, 2),
@@ -88,7 +88,10 @@ def _config(kernel: str, query: Tensor, value: Tensor) -> tuple[int, int, dict[s
     rows = _SIZES[kernel, query.element_size()]
     head_dim = max(query.shape[-1], value.shape[-1])
     queries, keys, warps, stages = rows[min(d for d in rows if d >= head_dim)]
-    return queries, keys, {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages}
+    if query.element_size() == 4:  # the assembler would spill a few for one more block
+        options["max_registers"] = 255
+    return queries, keys, options
 
 
 def _counts(query: Tensor, tile: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -251,20 +254,15 @@ def backward(
 
     queries, keys, options = _config("query", query, value)
     counts = _counts(query, _TILES[queries])
-    programs = query.shape[0] * heads * math.prod(counts)
-    bias_sums = logsumexp.new_empty(programs, window_size**2) if needs_bias else None
     _launch(
         aggregated_backward.query_kernel,
-        programs,
+        query.shape[0] * heads * math.prod(counts),
         device,
         arguments,
-        output=output,
-        output_strides=map_strides(output),
         grad_query=grad_query,
         grad_query_strides=map_strides(grad_query),
         grad_window_weights=grad_weights,
         grad_window_weights_strides=map_strides(grad_weights) if needs_weights else (0,) * 6,
-        bias_sums=bias_sums,
         tiles=counts,
         heads=heads,
         TILE=_TILES[queries],
@@ -273,11 +271,16 @@ def backward(
     )
     queries, _, options = _config("key_value", query, value)
     counts = _counts(query, _TILES[queries])
+    programs = query.shape[0] * heads_kv * math.prod(counts)
+    bias_sums = None
+    if needs_bias:
+        bias_sums = logsumexp.new_empty(programs, heads // heads_kv, window_size**2)
     _launch(
         aggregated_backward.key_value_kernel,
-        query.shape[0] * heads_kv * math.prod(counts),
+        programs,
         device,
         arguments,
+        bias_sums=bias_sums,
         grad_key=grad_key,
         grad_key_strides=map_strides(grad_key),
         grad_value=grad_value,

@@ -1,9 +1,9 @@
 """Aggregated attention, backward: four kernels, none with atomics, so runs are bit-equal.
 
 - `query_kernel`: one program per tile of queries, the forward's walk. It also gives the gradient of
-  the window weights, and of the window's bias a sum for each program.
+  the window weights.
 - `key_value_kernel`: one program per tile of the map's keys: the tokens that see a key lie around
-  it as its own window does, mirrored.
+  it as its own window does, mirrored. Of the window's bias it gives a sum for each program.
 - `pooled_kernel`: one program per tile of pooled keys and part of the queries, which all see them.
 - `pooled_bias_kernel`: one program per tile of queries, tile of pooled keys and part of the images.
 
@@ -33,69 +33,33 @@ UNALIGNED = ["lengths", "tiles", "heads", "pooled", "images", "parts"]
 
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def query_kernel(
-    query, key, value, pooled_key, pooled_value, bias, pooled_bias, window_weights,
-    output, logsumexp, grad_output,
+    query, key, value, pooled_key, pooled_value, bias, pooled_bias, logsumexp, grad_output,
     grad_query, delta,  # results; delta sums softmax weights times their gradients
-    grad_window_weights,  # result, strides of window_weights; None if not wanted
-    bias_sums,  # result: (programs, K * K), contiguous; None if not wanted
+    grad_window_weights,  # result; None if not wanted
     query_strides, key_strides, value_strides, pooled_key_strides, pooled_value_strides,
-    bias_strides, pooled_bias_strides, window_weights_strides, output_strides, logsumexp_strides,
-    grad_output_strides, grad_query_strides, grad_window_weights_strides,
+    bias_strides, pooled_bias_strides, logsumexp_strides, grad_output_strides, grad_query_strides,
+    grad_window_weights_strides,
     lengths, tiles, heads, pooled, scale,  # arguments as those of forward_kernel
     GROUP: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
+    # With weights w and their gradients g, delta = sum w g, and the gradient of the query is
+    # sum w (g - delta) k = sum w g k - delta sum w k: one walk gives all three sums. (That delta is
+    # also the product of output and its gradient does not help: the output has the window weights
+    # in it, and may be rounded.)
     BLOCK_M: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     batch, head, at, present = tile_of_program(tiles, heads, lengths, TILE)
     grad = load_map(
         grad_output, grad_output_strides, batch, head, at, present, VALUE_D, BLOCK_VALUE_D, LARGE
     )
-    grad_wide = grad.to(tl.float32)
-    o = load_map(output, output_strides, batch, head, at, present, VALUE_D, BLOCK_VALUE_D, LARGE)
-    row_delta = tl.sum(o.to(tl.float32) * grad_wide, 1)
-    if window_weights is not None:  # their part of the output is none of the softmax
-        for place in range(K * K):
-            k_at, seen = shifted(at, present, place, lengths, K, 1)
-            v = load_map(
-                value, value_strides, batch, head // GROUP, k_at, seen,
-                VALUE_D, BLOCK_VALUE_D, LARGE,
-            )  # fmt: skip
-            grad_weights = tl.sum(grad_wide * v.to(tl.float32), 1)
-            extra = load_numbers(
-                window_weights + place * window_weights_strides[5], window_weights_strides,
-                batch, head, at, seen, 0.0, LARGE,
-            )  # fmt: skip
-            row_delta -= extra.to(tl.float32) * grad_weights
-            if grad_window_weights is not None:
-                store_numbers(
-                    grad_window_weights + place * grad_window_weights_strides[5],
-                    grad_window_weights_strides, batch, head, at, present,
-                    grad_weights.to(grad_window_weights.dtype.element_ty), LARGE,
-                )  # fmt: skip
-    store_numbers(delta, logsumexp_strides, batch, head, at, present, row_delta, LARGE)
     q = load_map(query, query_strides, batch, head, at, present, D, BLOCK_D, LARGE)
-    q_wide = q.to(tl.float32)
     row_logsumexp = load_numbers(
         logsumexp, logsumexp_strides, batch, head, at, present, float("inf"), LARGE
     )
+    row_delta = tl.zeros([BLOCK_M], tl.float32)
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for place in range(K * K):
-        k_at, seen = shifted(at, present, place, lengths, K, 1)
-        k = load_map(key, key_strides, batch, head // GROUP, k_at, seen, D, BLOCK_D, LARGE).to(
-            tl.float32
-        )
-        v = load_map(
-            value, value_strides, batch, head // GROUP, k_at, seen, VALUE_D, BLOCK_VALUE_D, LARGE
-        )
-        scores = window_scores(q_wide, k, bias, head, place, bias_strides, scale)
-        weights = tl.exp2(tl.where(seen, scores, float("-inf")) - row_logsumexp)
-        grad_weights = tl.sum(grad_wide * v.to(tl.float32), 1)
-        grad_scores = weights * (grad_weights - row_delta)
-        accumulator += grad_scores[:, None] * k
-        if bias_sums is not None:
-            program = tl.program_id(0).to(tl.int64)
-            tl.store(bias_sums + program * (K * K) + place, tl.sum(grad_scores, 0))
+    mean_key = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     token = at[1] * lengths[2] + at[2]
     for start in range(0, pooled, BLOCK_N):
         k_at, k_exists = pooled_at(start, pooled, BLOCK_N)
@@ -115,13 +79,36 @@ def query_kernel(
             )  # fmt: skip
         scores = tl.where(k_exists[None, :], scores, float("-inf"))
         weights = tl.exp2(scores - row_logsumexp[:, None])
-        grad_weights = dot(grad, tl.trans(v), None, PRECISION, UPCAST)
-        grad_scores = weights * (grad_weights - row_delta[:, None])
-        accumulator = dot(grad_scores.to(k.dtype), k, accumulator, PRECISION, UPCAST)
-    store_map(
-        grad_query, grad_query_strides, batch, head, at, present, accumulator * scale,
-        D, BLOCK_D, LARGE,
-    )  # fmt: skip
+        products = weights * dot(grad, tl.trans(v), None, PRECISION, UPCAST)
+        row_delta += tl.sum(products, 1)
+        accumulator = dot(products.to(k.dtype), k, accumulator, PRECISION, UPCAST)
+        mean_key = dot(weights.to(k.dtype), k, mean_key, PRECISION, UPCAST)
+    q_wide = q.to(tl.float32)
+    grad_wide = grad.to(tl.float32)
+    for place in range(K * K):
+        k_at, seen = shifted(at, present, place, lengths, K, 1)
+        k = load_map(key, key_strides, batch, head // GROUP, k_at, seen, D, BLOCK_D, LARGE).to(
+            tl.float32
+        )
+        v = load_map(
+            value, value_strides, batch, head // GROUP, k_at, seen, VALUE_D, BLOCK_VALUE_D, LARGE
+        )
+        scores = window_scores(q_wide, k, bias, head, place, bias_strides, scale)
+        weights = tl.exp2(tl.where(seen, scores, float("-inf")) - row_logsumexp)
+        grad_weights = tl.sum(grad_wide * v.to(tl.float32), 1)
+        if grad_window_weights is not None:
+            store_numbers(
+                grad_window_weights + place * grad_window_weights_strides[5],
+                grad_window_weights_strides, batch, head, at, present,
+                grad_weights.to(grad_window_weights.dtype.element_ty), LARGE,
+            )  # fmt: skip
+        products = weights * grad_weights
+        row_delta += products
+        accumulator += products[:, None] * k
+        mean_key += weights[:, None] * k
+    store_numbers(delta, logsumexp_strides, batch, head, at, present, row_delta, LARGE)
+    result = (accumulator - row_delta[:, None] * mean_key) * scale
+    store_map(grad_query, grad_query_strides, batch, head, at, present, result, D, BLOCK_D, LARGE)
 
 
 @triton.jit
@@ -147,6 +134,7 @@ def load_queries(
 def key_value_kernel(
     query, key, value, bias, window_weights, logsumexp, delta, grad_output,
     grad_key, grad_value,  # results
+    bias_sums,  # result: (programs, GROUP, K * K), contiguous; None if not wanted
     query_strides, key_strides, value_strides, bias_strides, window_weights_strides,
     logsumexp_strides, grad_output_strides, grad_key_strides, grad_value_strides,
     lengths, tiles,
@@ -179,6 +167,9 @@ def key_value_kernel(
             weights = tl.exp2(scores - row_logsumexp)
             grad_scores = weights * (tl.sum(grad * v, 1) - row_delta)
             k_accumulator += grad_scores[:, None] * q
+            if bias_sums is not None:
+                row = tl.program_id(0).to(tl.int64) * GROUP + member
+                tl.store(bias_sums + row * (K * K) + place, tl.sum(grad_scores, 0))
             if window_weights is not None:
                 weights += load_numbers(
                     window_weights + place * window_weights_strides[5], window_weights_strides,

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each
     torch.set_num_threads(1)
 

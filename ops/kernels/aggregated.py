@@ -23,7 +23,7 @@ _TILES = {16: (1, 4, 4), 32: (1, 4, 8), 64: (1, 8, 8)}
 
 # (kernel, element size) -> by padded head_dim: queries, pooled keys, num_warps, num_stages. Read
 # off ahead-of-time compilation (`sheet.py`) for compute capability 8.0, 9.0 and 10.0: the largest
-# tiles without register spills. In float32 there are none for heads wider than 128.
+# tiles without register spills.
 _SIZES: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
     ("forward", 2): {
         32: (64, 32, 4, 2),
@@ -35,17 +35,19 @@ _SIZES: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
         32: (32, 32, 4, 1),
         64: (32, 32, 4, 1),
         128: (32, 32, 8, 1),
+        256: (16, 16, 8, 1),
     },
     ("query", 2): {
-        32: (64, 64, 4, 2),
-        64: (64, 32, 4, 2),
-        128: (64, 32, 8, 2),
-        256: (32, 32, 8, 1),
+        32: (64, 32, 4, 2),
+        64: (32, 32, 4, 2),
+        128: (32, 32, 8, 2),
+        256: (16, 16, 8, 1),
     },
     ("query", 4): {
         32: (32, 32, 4, 1),
         64: (32, 32, 8, 1),
         128: (16, 16, 8, 1),
+        256: (16, 16, 8, 1),
     },
     ("key_value", 2): {
         32: (64, 16, 4, 2),
@@ -57,6 +59,7 @@ _SIZES: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
         32: (64, 16, 4, 1),
         64: (32, 16, 4, 1),
         128: (32, 16, 8, 1),
+        256: (16, 16, 8, 1),
     },
     ("pooled", 2): {
         32: (64, 64, 4, 2),
@@ -68,6 +71,7 @@ _SIZES: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
         32: (16, 32, 4, 1),
         64: (32, 32, 8, 1),
         128: (16, 32, 8, 1),
+        256: (16, 16, 4, 1),
     },
     ("pooled_bias", 2): {
         32: (64, 32, 4, 2),
@@ -78,7 +82,8 @@ _SIZES: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
     ("pooled_bias", 4): {
         32: (32, 32, 4, 1),
         64: (32, 32, 4, 1),
-        128: (32, 32, 4, 1),
+        128: (32, 32, 8, 1),
+        256: (16, 16, 4, 1),
     },
 }
 

@@ -63,6 +63,7 @@ class BiLevelRoutingAttention(Mixer, name="bilevel_routing"):
             all), "avgpool" or "maxpool" by `kv_downsample_ratio`, "ada_avgpool" or "ada_maxpool"
             to `kv_per_win` x `kv_per_win` tokens.
         kv_per_win, kv_downsample_ratio: see `kv_downsample_mode`.
+        kv_downsample_kernel: taken for the official code's sake, which uses it for nothing.
         param_attention: "qkvo", or "qkv" for no projection of the output.
         soft_routing: multiply keys and values by the softmax of their region's affinity.
         diff_routing: let gradients through the affinities; needs `soft_routing`.
@@ -98,6 +99,7 @@ class BiLevelRoutingAttention(Mixer, name="bilevel_routing"):
         kv_downsample_mode: str = "identity",
         kv_per_win: int = 4,
         kv_downsample_ratio: int = 4,
+        kv_downsample_kernel: int | None = None,
         param_attention: str = "qkvo",
         soft_routing: bool = False,
         diff_routing: bool = False,
@@ -314,6 +316,7 @@ class AttentionLePE(Mixer, name="attention_lepe"):
         num_heads: number of heads; divides `dim`.
         qkv_bias: bias of the query, key and value projection.
         qk_scale: factor on the scores; `head_dim ** -0.5` if None.
+        attn_drop: dropout rate of the attention weights: 0, as in all published models.
         proj_drop: dropout rate after the output projection.
         side_dwconv: kernel size of the local enhancement, odd; 0: none.
         lepe_on: what is enhanced: "input", or "value" as in the official NCHW code.
@@ -336,6 +339,7 @@ class AttentionLePE(Mixer, name="attention_lepe"):
         num_heads: int = 8,
         qkv_bias: bool = False,
         qk_scale: float | None = None,
+        attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         side_dwconv: int = 5,
         lepe_on: Literal["input", "value"] = "input",
@@ -345,6 +349,8 @@ class AttentionLePE(Mixer, name="attention_lepe"):
         super().__init__(dim)
         owner, factory = type(self).__name__, {"device": device, "dtype": dtype}
         _check_heads(owner, num_heads, dim=dim)
+        if attn_drop != 0:
+            raise ValueError(f"{owner}: attn_drop={attn_drop} is not supported; allowed is 0")
         if lepe_on not in ("input", "value"):
             raise ValueError(f"{owner}: lepe_on={lepe_on!r} is unknown; allowed: 'input', 'value'")
         self.num_heads, self.lepe_on = num_heads, lepe_on

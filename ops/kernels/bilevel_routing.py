@@ -103,7 +103,7 @@ def config(kernel: str, head_dim: int, element_size: int, tokens: int) -> Config
     still, walked = (keys, queries) if kernel == "key_value" else (queries, keys)
     needed = max(16, triton.next_power_of_2(tokens))
     if 4 * needed <= still:  # so little work at a time that fewer warps do
-        num_warps, walked = max(1, num_warps // 2), max(16, walked // 2)
+        num_warps, walked = max(1, num_warps // 4), max(16, walked // 2)
     still = min(still, needed)
     queries, keys = (walked, still) if kernel == "key_value" else (still, walked)
     return Config(queries, keys, num_warps, *options)

@@ -189,6 +189,26 @@ def test_kernels_in_half_precision_on_views(dtype) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=scale * 2**-6)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="about kernels")
+def test_large_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offsets of 64 bits change nothing where 32 suffice."""
+    from vitarium.ops.kernels import bilevel_routing as kernels
+
+    query, key, value, routing, weights = draw(
+        4, 1, (1, 2), (2, 3), (2, 3), (1, 1), (16, 16), 2, torch.float32
+    )
+
+    def run() -> tuple[Tensor, ...]:
+        args = (query, key, value, weights, routing)
+        output, logsumexp = kernels.forward(*args, [1, 2], 0.3)
+        return output, *kernels.backward(output, *args, output, logsumexp, [1, 2], 0.3, True)[:4]
+
+    expected = run()
+    monkeypatch.setattr(kernels, "large", lambda *tensors: True)
+    for found, want in zip(run(), expected):
+        assert torch.equal(found, want)
+
+
 @pytest.mark.parametrize("entry", [-1, 4, 1 << 40])
 def test_entries_out_of_range(entry) -> None:
     query, key, value, routing, _ = draw(
@@ -457,6 +477,7 @@ def test_nchw_grids_are_ragged_where_official_ones_are() -> None:
         ),
         ("bilevel_routing_nchw", {"topk": 0}, "topk=0 must be at least 1"),
         ("attention_lepe", {"lepe_on": "key"}, "lepe_on='key' is unknown"),
+        ("attention_lepe", {"attn_drop": 0.1}, "attn_drop=0.1 is not supported"),
         ("attention_lepe", {"num_heads": 5}, "num_heads=5 must divide dim=16"),
     ],
 )

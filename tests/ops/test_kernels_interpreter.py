@@ -16,6 +16,8 @@ pytest.importorskip("triton")
 PARTS = [
     ("test_kernels.py", ""),
     ("test_bilevel_routing.py", ""),
+    ("test_attention.py", ""),
+    ("test_mixture_of_head.py", ""),
     *(("test_operators.py", f"{name}-") for name in OPERATORS),
 ]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitarium.benchmarks import bilevel_routing, neighborhood, window
+from vitarium.benchmarks import attention, bilevel_routing, mixture_of_head, neighborhood, window
 from vitarium.benchmarks.arguments import DTYPES
 from vitarium.benchmarks.suite import Setting, Suite
 from vitarium.ops import OPERATORS
@@ -17,6 +17,8 @@ SUITES: Mapping[str, Suite] = {
     "neighborhood_attention": neighborhood.SUITE,
     "window_attention": window.SUITE,
     "bilevel_routing_attention": bilevel_routing.SUITE,
+    "attention": attention.SUITE,
+    "mixture_of_head_attention": mixture_of_head.SUITE,
 }
 FLOOR = "floor"
 

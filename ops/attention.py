@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitarium.ops import dense, dispatch
+from vitarium.ops.dense_chunks import has_infinities
 from vitarium.ops.differentiable import Differentiable
 from vitarium.ops.dispatch import Case, Implementation, Operator
 
@@ -211,7 +212,7 @@ def portable(
     scores = query.shape[0] * query.shape[-2] * dense.tokens(query) * dense.tokens(key)
     small = scores <= SMALL[int(query.element_size() > 2)] and query.device.type == "cpu"
     if small and not torch.compiler.is_compiling():
-        hides = bias is not None and dense.has_infinities(bias)
+        hides = bias is not None and has_infinities(bias)
         return attend(query, key, value, bias, is_causal, scale, hides)
     return _OPERATION(*args, fused=False)
 

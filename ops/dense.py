@@ -13,22 +13,24 @@ packed one after another, and all products are as much smaller.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from vitarium.ops.tiles import Workspace
+from vitarium.ops.dense_chunks import (
+    Chunk,
+    Packing,
+    Scores,
+    chunks,
+    contiguous,
+    four_dimensions,
+    kept_weights,
+)
+from vitarium.ops.workspace import Workspace
 
 # Training keeps weights of short sequences, by scores of one head, and of small batches.
 WEIGHTS_KEPT = 1 << 16
 WEIGHTS_KEPT_BYTES = 1 << 24
-# Scores of a chunk, in half precision and in float32: these should stay near the second-level
-# cache, while every product in half precision first rearranges its operands. Devices want few
-# large launches.
-CPU_SCORES = (1 << 20, 5 << 16)
-DEVICE_SCORES = 1 << 26
-ROWS = 32  # queries of a chunk, at least: thinner products are slow
 PACKING_PAYS = 1 << 17  # scores of one head from which leaving out queries is faster
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -106,170 +108,6 @@ def _kept_size(query: Tensor, key: Tensor) -> int:
     return -(-count * query.element_size() // 4)
 
 
-# --- how a call is cut up ------------------------------------------------------------------------
-
-
-class Packing:
-    """The active queries of all images and heads, head by head."""
-
-    def __init__(self, active: Tensor, work: Workspace) -> None:
-        self.shape = active.flatten(1, -2).shape
-        _, count, heads = self.shape
-        by_head = active.flatten(1, -2).transpose(1, 2)
-        image, head, self.token = by_head.nonzero().unbind(1)
-        self.row = (image * count + self.token) * heads + head  # of (B, tokens, heads)
-        self.counts: list[list[int]] = by_head.sum(-1).tolist()
-        self.work = work
-
-    def pack(self, x: Tensor, name: str) -> Tensor:
-        """`(B, heads, tokens, channels)` as `(active queries, channels)`."""
-        rows = contiguous(x.transpose(1, 2), self.work, "packing").view(-1, x.shape[3])
-        out = self.work.take(name, (len(self.row), x.shape[3]), x.dtype)
-        return torch.index_select(rows, 0, self.row, out=out)
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """The reverse, `(B, tokens, heads, channels)`, zero where nothing was packed."""
-        rows = x.new_zeros((math.prod(self.shape), x.shape[1]))
-        return rows.index_copy_(0, self.row, x).view(*self.shape, -1)
-
-
-def contiguous(x: Tensor, work: Workspace, name: str) -> Tensor:
-    """The tensor, or a copy in memory that has been used before: fresh pages cost more."""
-    return x if x.is_contiguous() else work.take(name, x.shape, x.dtype).copy_(x)
-
-
-class Chunk:
-    """Some heads of some images, or a part of a `Packing`: the active queries of one head."""
-
-    def __init__(self, images: range, heads: range, queries: slice, token: Tensor | None) -> None:
-        self.images = slice(images.start, images.stop)
-        self.heads = slice(heads.start, heads.stop)
-        self.pair = len(images), len(heads)
-        self.packed = None if token is None else queries
-        self.token = token  # of each packed query
-
-    def queries(self, x: Tensor) -> Tensor:
-        """Of `(B, heads, tokens, channels)`, or packed, `(images and heads, queries, channels)`."""
-        if self.packed is not None:
-            return x[self.packed][None]
-        return x[self.images, self.heads].flatten(0, 1)
-
-    def keys(self, x: Tensor, group: int = 1) -> Tensor:
-        """`(images and heads, keys, channels)` of `(B, heads_kv, keys, channels)`.
-
-        With `group` query heads to a head of `x`, heads repeat (and are copied).
-        """
-        if group == 1:
-            return x[self.images, self.heads].flatten(0, 1)
-        heads = [head // group for head in range(self.heads.start, self.heads.stop)]
-        return x[self.images, heads].flatten(0, 1)
-
-    def broadcast(self, x: Tensor) -> Tensor:
-        """This chunk's of `(B or 1, heads or 1, tokens, channels)`, all tokens."""
-        images = self.images if x.shape[0] > 1 else slice(None)
-        return x[images, self.heads if x.shape[1] > 1 else slice(None)]
-
-    def rows(self, x: Tensor, band: slice) -> Tensor:
-        """The tokens of a band of queries of `broadcast`."""
-        x = self.broadcast(x)
-        return x[:, :, band] if self.token is None else x.index_select(2, self.token[band])
-
-
-def _bands(count: int, keys: int, limit: int) -> list[slice]:
-    """Queries in even bands of about `limit` scores."""
-    bands = max(1, min(-(-count * keys // limit), count // ROWS))
-    band = -(-count // bands)
-    return [slice(first, min(first + band, count)) for first in range(0, count, band)]
-
-
-def _chunks(
-    query: Tensor, key: Tensor, packing: Packing | None
-) -> Iterator[tuple[Chunk, list[slice]]]:
-    """Chunks and bands of their queries, for `(B, heads, tokens, channels)` or packed queries."""
-    on_cpu = query.device.type == "cpu"
-    limit = CPU_SCORES[query.element_size() > 2] if on_cpu else DEVICE_SCORES
-    keys = key.shape[2]
-    if packing is not None:
-        first = 0
-        for image, counts in enumerate(packing.counts):
-            for head, count in enumerate(counts):
-                if count:
-                    part = slice(first, first + count)
-                    chosen = range(image, image + 1), range(head, head + 1)
-                    yield Chunk(*chosen, part, packing.token[part]), _bands(count, keys, limit)
-                    first += count
-        return
-    batch, heads, count, _ = query.shape
-    bands = _bands(count, keys, limit)
-    some = min(heads, max(1, limit // (count * keys)))
-    images = max(1, limit // (count * keys * heads)) if some == heads else 1
-    for image in range(0, batch, images):
-        for head in range(0, heads, some):
-            chosen = range(image, min(image + images, batch)), range(head, min(head + some, heads))
-            yield Chunk(*chosen, slice(None), None), bands
-
-
-# --- weights -------------------------------------------------------------------------------------
-
-
-def has_infinities(bias: Tensor) -> bool:
-    """Whether a bias may hide keys; on devices that would have to wait for the answer, it may."""
-    return bias.device.type != "cpu" or not math.isfinite(bias.detach().sum())
-
-
-def hidden_queries(bias: Tensor, is_causal: bool) -> Tensor:
-    """The queries that see no key, `(..., N, 1)`: the softmax of their scores would be NaN."""
-    if is_causal:
-        later = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).triu(1)
-        bias = bias.masked_fill(later, -math.inf)
-    return bias.amax(-1, keepdim=True) == -math.inf
-
-
-class Scores:
-    """Scores of a call: their scale, and what is added to them."""
-
-    def __init__(self, bias: Tensor | None, is_causal: bool, scale: float, like: Tensor) -> None:
-        self.is_causal = is_causal
-        self.scale = scale
-        self.bias = _four_dimensions(bias, like.dtype)
-        self.hidden = None
-        if self.bias is not None and has_infinities(self.bias):
-            self.hidden = hidden_queries(self.bias, is_causal)
-
-    def weights(self, chunk: Chunk, band: slice, q: Tensor, k: Tensor, out: Tensor) -> Tensor:
-        """Softmax of a band's scores into `out`, `(images and heads, queries, keys)`."""
-        split = (*chunk.pair, *out.shape[1:])
-        if self.bias is None:
-            torch.baddbmm(out, q, k.mT, beta=0, alpha=self.scale, out=out)
-        else:
-            out.view(split).copy_(chunk.rows(self.bias, band))
-            torch.baddbmm(out, q, k.mT, alpha=self.scale, out=out)
-        if self.is_causal:
-            key = torch.arange(out.shape[2], device=out.device)
-            if chunk.token is None:
-                query = torch.arange(band.start, band.stop, device=out.device)
-            else:
-                query = chunk.token[band]
-            out.masked_fill_(key > query[:, None], -math.inf)
-        torch._softmax(out, -1, False, out=out)
-        if self.hidden is not None:
-            out.view(split).masked_fill_(chunk.rows(self.hidden, band), 0)
-        return out
-
-
-def _four_dimensions(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if bias is None:
-        return None
-    return bias.to(dtype) if bias.dim() == 4 else bias.to(dtype)[None]
-
-
-def _kept_weights(saved: Tensor, query: Tensor, key: Tensor, packing: Packing | None) -> Tensor:
-    """The kept weights, a view of `saved`: `(B, heads, queries, keys)`, or packed."""
-    shape = (*query.shape[:3], key.shape[2])
-    kept = saved.view(query.dtype)[: math.prod(shape)].view(shape)
-    return kept if packing is None else kept.flatten(0, 2)
-
-
 # --- forward -------------------------------------------------------------------------------------
 
 
@@ -301,7 +139,7 @@ def forward(
     if chosen == "flash":
         output, saved = _forward_flash(query, key, value, bias, packing, is_causal, scale, work)
     else:
-        kept = _kept_weights(saved, query, key, packing) if chosen == "kept" else None
+        kept = kept_weights(saved, query, key, packing) if chosen == "kept" else None
         scores = Scores(bias, is_causal, scale, query)
         output = _forward_products(scores, query, key, value, packing, kept, work)
     work.close()
@@ -343,7 +181,7 @@ def _forward_flash(
     """Output `(B, tokens, heads, channels)` and log-sum-exp `(B, tokens, heads)`."""
     # The fused attention takes any strides for all dimensions but the last.
     heads, key, value = query.shape[1], _unit_stride(key), _unit_stride(value)
-    bias = _four_dimensions(bias, query.dtype)
+    bias = four_dimensions(bias, query.dtype)
     if packing is None:
         query, key, value = (
             _unit_stride(query),
@@ -363,7 +201,7 @@ def _forward_flash(
             attn_mask=None if bias is None else _unit_stride(chunk.rows(bias, slice(None))),
             scale=scale,
         )
-        for chunk, _ in _chunks(query, key, packing)
+        for chunk, _ in chunks(query, key, packing)
     ]
     if not found:
         return _tokens(packed, packing), _tokens(packed[:, :1], packing)[..., 0]
@@ -385,7 +223,7 @@ def _forward_products(
     key, value = contiguous(key, work, "key"), contiguous(value, work, "value")
     packed = _queries(query, packing, work, "query")
     output = _result(packed, value.shape[-1], work, "output")
-    for chunk, bands in _chunks(query, key, packing):
+    for chunk, bands in chunks(query, key, packing):
         q, k, v = chunk.queries(packed), chunk.keys(key, group), chunk.keys(value, group)
         target = chunk.queries(output)
         for band in bands:
@@ -441,7 +279,7 @@ def backward(
                 dtype=torch.promote_types(bias.dtype, torch.float32),
                 memory_format=torch.contiguous_format,
             )
-        kept = _kept_weights(saved, *operands[:2], packing) if chosen == "kept" else None
+        kept = kept_weights(saved, *operands[:2], packing) if chosen == "kept" else None
         found = _backward_products(scores, flat(grad), operands, packing, kept, grad_bias, work)
         if bias_needs_grad:
             grad_bias = grad_bias.view(bias.shape).to(bias.dtype)
@@ -475,7 +313,7 @@ def _backward_flash(
     """Gradients `(B, tokens, heads, channels)` of query and, by query head, of key and value."""
     query, key, value = operands
     heads, key, value = query.shape[1], _unit_stride(key), _unit_stride(value)
-    bias = _four_dimensions(bias, query.dtype)
+    bias = four_dimensions(bias, query.dtype)
     if packing is None:
         query, grad = _unit_stride(query), _unit_stride(grad)
         found = _flash_backward(
@@ -495,7 +333,7 @@ def _backward_flash(
     grad_key, grad_value = (
         tensor.new_zeros((tensor.shape[0], heads, *tensor.shape[2:])) for tensor in (key, value)
     )
-    for chunk, _ in _chunks(query, key, packing):
+    for chunk, _ in chunks(query, key, packing):
         found = _flash_backward(
             *(chunk.queries(tensor)[None] for tensor in (grad, packed)),
             *(chunk.keys(tensor, group)[None] for tensor in (key, value)),
@@ -543,7 +381,7 @@ def _backward_products(
         torch.baddbmm(part, a, b, beta=0, alpha=alpha, out=part)
         total.copy_(part) if first else total.add_(part)
 
-    for chunk, bands in _chunks(query, key, packing):
+    for chunk, bands in chunks(query, key, packing):
         q, g, target = (chunk.queries(tensor) for tensor in (packed, grad, grad_query))
         k, v = chunk.keys(key, group), chunk.keys(value, group)
         results = totals = chunk.keys(grad_key), chunk.keys(grad_value)

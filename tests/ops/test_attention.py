@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitarium.ops import OPERATORS, attention, backend, dense, mixture_of_head_attention
+from vitarium.ops import (
+    OPERATORS,
+    attention,
+    backend,
+    dense,
+    dense_chunks,
+    mixture_of_head_attention,
+)
 from vitarium.ops.dispatch import TRITON_INTERPRET, Case, Operator
 
 MODULE = importlib.import_module("vitarium.ops.attention")
@@ -41,8 +48,8 @@ def chunked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is too small for the custom operator, for packing and for several bands."""
     monkeypatch.setattr(MODULE, "SMALL", (0, 0))
     monkeypatch.setattr(dense, "PACKING_PAYS", 0)
-    monkeypatch.setattr(dense, "ROWS", 4)
-    monkeypatch.setattr(dense, "CPU_SCORES", (150, 150))
+    monkeypatch.setattr(dense_chunks, "ROWS", 4)
+    monkeypatch.setattr(dense_chunks, "CPU_SCORES", (150, 150))
 
 
 @pytest.mark.skipif(TRITON_INTERPRET, reason="not about kernels")

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitarium.benchmarks import attention, bilevel_routing, mixture_of_head, neighborhood, window
+from vitarium.benchmarks import (
+    aggregated,
+    attention,
+    bilevel_routing,
+    mixture_of_head,
+    neighborhood,
+    window,
+)
 from vitarium.benchmarks.arguments import DTYPES
 from vitarium.benchmarks.suite import Setting, Suite
 from vitarium.ops import OPERATORS
@@ -19,6 +26,7 @@ SUITES: Mapping[str, Suite] = {
     "bilevel_routing_attention": bilevel_routing.SUITE,
     "attention": attention.SUITE,
     "mixture_of_head_attention": mixture_of_head.SUITE,
+    "aggregated_attention": aggregated.SUITE,
 }
 FLOOR = "floor"
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitarium.ops.tiles import Workspace, negative
+from vitarium.ops.workspace import Workspace, negative
 
 # Scores of one chunk. On a CPU they should stay near the cache; elsewhere few launches are better.
 CPU_CHUNK = 1 << 19

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vitarium.ops.tiles import Workspace
+from vitarium.ops.workspace import Workspace
 
 # Bytes of the queries of a unit of images, and of a chunk of scores. On a CPU they should stay in
 # cache; elsewhere few large launches are better.

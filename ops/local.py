@@ -196,8 +196,9 @@ class LocalAttention:
             from vitarium.ops.kernels import local as kernels
 
             return kernels.forward(query, key, value, bias, windows, scale)
-        axes = tiles_for(tuple(query.shape[1:-2]), windows, path(query, value))
-        output = attend(query, key, value, bias, axes, scale)
+        way = path(query, value, windows)
+        axes = tiles_for(tuple(query.shape[1:-2]), windows, way)
+        output = attend(query, key, value, bias, axes, scale, way)
         return output, query.new_empty(0, dtype=torch.float32)
 
     def _backward(

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitarium.ops.tiles import CPU_CHUNK, LEAD, Additive, Axis, Plan, cut
+from vitarium.ops.additive import Additive
+from vitarium.ops.plan import CPU_CHUNK, Plan
+from vitarium.ops.tiles import LEAD, Axis, cut
 
 ROWS = 2  # queries per tile along the first axis, away from its ends
 

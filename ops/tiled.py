@@ -8,21 +8,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vitarium.ops.additive import Additive
+from vitarium.ops.plan import Plan
 from vitarium.ops.strips import attend_strips
-from vitarium.ops.tiles import Additive, Axis, PlainAxis, Plan, negative
+from vitarium.ops.tiles import Axis, PlainAxis
+from vitarium.ops.windows import Block, Pattern
+from vitarium.ops.workspace import negative
 
 STRIPS_PAY = 1500  # tokens of a map from which strips are faster
 
 
-def path(query: Tensor, value: Tensor) -> str:
+def path(query: Tensor, value: Tensor, windows: Sequence[Pattern]) -> str:
     """How `attend` goes about this call.
 
     PyTorch's fused attention for CPUs is slow in half precision. Where it is fast, large maps go
     through it in "strips", and small ones as they are if one tile is cheapest ("dense"). All else,
-    and every backward, is batched matrix products on "tiles".
+    window attention and every backward, is batched matrix products on "tiles".
     """
     serves = (
-        query.device.type == "cpu"
+        not isinstance(windows[0], Block)
+        and query.device.type == "cpu"
         and query.dtype in (torch.float32, torch.float64)
         and value.shape[-1] == query.shape[-1]
         and query.shape[0] > 0
@@ -39,6 +44,7 @@ def attend(
     bias: Tensor | None,
     axes: Sequence[Axis],
     scale: float,
+    way: str,
 ) -> Tensor:
     """Attention of every token to the keys that the axes' patterns show it.
 
@@ -47,20 +53,21 @@ def attend(
         key: `(B, *spatial, num_heads_kv, head_dim)`, with the axes' borders.
         value: `(B, *spatial, num_heads_kv, value_dim)`, likewise.
         bias: `(num_heads, 2 * reach + 1, ...)` per axis, added at `key - query + reach`.
-        axes: the tiles of every spatial axis, chosen for `path`.
+        axes: the tiles of every spatial axis, chosen for the way.
         scale: factor on the scores.
+        way: what `path` says.
 
     Returns:
         `(B, *spatial, num_heads, value_dim)`.
     """
-    way = path(query, value)
     if way == "strips":
         return attend_strips(query, key, value, bias, axes, scale)
     plan = Plan(query, axes)
-    additive = Additive(axes, bias, query, plan.work)
     if way == "dense" and plan.dense:
+        additive = Additive(axes, bias, query, plan.work)
         output = _attend_dense(plan, additive, query, key, value, scale)
     else:
+        additive = Additive(axes, bias, query, plan.work, factor=plan.factor)
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
         _attend_tiles(plan, additive, query, key, value, output, scale)
     plan.work.close()
@@ -103,10 +110,10 @@ def _attend_tiles(
         for band in plan.bands:
             q = plan.queries("query", query_grid, band)
             k = plan.keys("halos", key_grid, band)
-            weights = plan.weights(q, k, additive, scale, chunk, band)
+            weights, sums = plan.weights(q, k, additive, scale, chunk, band)
             v = plan.keys("halos", value_grid, band)  # over the keys, which have served
             tiles = torch.bmm(weights, v, out=plan.results("output", result, band))
-            plan.put_queries(tiles, result, band)
+            plan.put_queries(tiles, result, band, sums)
         plan.finish(result, chunk.of(output))
 
 
@@ -126,7 +133,7 @@ def attend_backward(
     tiles are kept in float32 at least.
     """
     plan = Plan(query, axes)
-    additive = Additive(axes, bias, query, plan.work)
+    additive = Additive(axes, bias, query, plan.work, factor=plan.factor)
     work, dtype = plan.work, query.dtype
     wide = torch.promote_types(dtype, torch.float32)
     group = query.shape[-2] // key.shape[-2]
@@ -153,12 +160,13 @@ def attend_backward(
             q = plan.queries("query", query_grid, band)
             g = plan.queries("grad", grad_grid, band)
             k = plan.keys("key", key_grid, band)
-            weights = plan.weights(q, k, additive, scale, chunk, band)
+            weights, sums = plan.weights(q, k, additive, scale, chunk, band)
+            weights = weights if sums is None else weights.div_(sums)
             halo = work.take("value", (*k.shape[:2], value.shape[-1]), dtype)
             plan.add_keys(torch.bmm(weights.mT, g, out=halo), value_total, band)
             v = plan.keys("value", value_grid, band)
             grad_scores = torch._softmax_backward_data(
-                torch.bmm(g, v.mT, out=work.take("scores", weights.shape, dtype)),
+                torch.bmm(g, v.mT, out=work.take("grad weights", weights.shape, dtype)),
                 weights,
                 -1,
                 dtype,
@@ -166,9 +174,7 @@ def attend_backward(
             )
             if bias_needs_grad:
                 pairs = grad_scores.view(*chunk.pairs, -1, *weights.shape[1:])
-                grad_table[chunk.heads].index_add_(
-                    1, additive.patterns.which(band), pairs.sum(0, dtype=wide)
-                )
+                additive.add_grad(grad_table[chunk.heads], pairs, band)
             halo = work.take("value", k.shape, dtype)
             torch.baddbmm(halo, grad_scores.mT, q, beta=0, alpha=scale, out=halo)
             plan.add_keys(halo, key_total, band)

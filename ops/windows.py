@@ -249,7 +249,7 @@ def _strips_cost(axes: tuple[Axis, ...]) -> float:
 
 
 def _copies(axes: tuple[Axis, ...]) -> float:
-    if all(axis.is_grid for axis in axes):
+    if all(axis.is_grid(keys=False) for axis in axes):
         return 0
     return 8 * math.prod(axis.classes * axis.queries for axis in axes)
 

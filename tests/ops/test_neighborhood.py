@@ -99,7 +99,7 @@ def test_drawn_calls(
     monkeypatch: pytest.MonkeyPatch, call: dict[str, Any], chunk: int, strips_pay: int
 ) -> None:
     """Whatever the shape, and however the work is cut into chunks, all paths agree."""
-    monkeypatch.setattr("vitarium.ops.tiles.CPU_CHUNK", chunk)
+    monkeypatch.setattr("vitarium.ops.plan.CPU_CHUNK", chunk)
     monkeypatch.setattr("vitarium.ops.tiled.STRIPS_PAY", strips_pay)
     base = (call["batch"], *call["spatial"])
     (heads, heads_kv), (head_dim, value_dim) = call["heads"], call["dims"]

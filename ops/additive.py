@@ -1,0 +1,127 @@
+"""What is added to the scores of tiles: masks and relative position bias."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitarium.ops.tiles import Axis
+from vitarium.ops.workspace import Workspace, negative
+
+
+class Patterns:
+    """The distinct patterns of all axes together, as tensors."""
+
+    def __init__(self, axes: Sequence[Axis], device: torch.device) -> None:
+        rank = len(axes)
+        self.axes = axes
+        self.device = device
+        inside = torch.ones((), dtype=torch.bool, device=device)
+        self.offsets: list[Tensor] = []  # per axis: key minus query
+        for i, axis in enumerate(axes):
+            seen = torch.tensor(axis.patterns, device=device)
+            key = torch.arange(axis.halo, device=device)
+            query = torch.arange(axis.tile, device=device)[:, None]
+            shape = [1] * (3 * rank)
+            shape[i::rank] = len(axis.patterns), axis.tile, axis.halo
+            inside = inside & ((key >= seen[..., :1]) & (key < seen[..., 1:])).view(shape)
+            shape[i] = 1
+            self.offsets.append((key - axis.before - query).view(shape))
+        self.outside = ~inside.reshape(  # (patterns, queries, keys)
+            *(math.prod(inside.shape[i * rank : (i + 1) * rank]) for i in range(3))
+        )
+        self.all_inside = not bool(self.outside.any())
+        self.which = functools.cache(self._which)
+
+    def _which(self, band: tuple[int, int], strips: bool = False) -> Tensor:
+        """The pattern of every (class, tile) of a band, flattened.
+
+        With `strips`, tiles of the first axis come last.
+        """
+        rank = len(self.axes)
+        index = torch.zeros((), dtype=torch.long, device=self.device)
+        for i, axis in enumerate(self.axes):
+            first, last = band if i == 0 else (0, axis.tiles)
+            rows = torch.tensor([row[first:last] for row in axis.which], device=self.device)
+            shape = [1] * (2 * rank)
+            shape[i::rank] = rows.shape
+            index = index * len(axis.patterns) + rows.view(shape)
+        return (index.movedim(rank, -1) if strips else index).flatten()
+
+    def bias_index(self, bias: Tensor) -> list[Tensor]:
+        """Indices into a bias table `(num_heads, 2 * reach + 1, ...)`, one per axis."""
+        return [
+            (offset + size // 2).clamp(0, size - 1)
+            for offset, size in zip(self.offsets, bias.shape[1:])
+        ]
+
+
+_patterns = functools.lru_cache(maxsize=128)(Patterns)
+
+
+class Additive:
+    """The mask, and the bias where there is one, that is added to the scores of a band of tiles.
+
+    Tiles that look alike share a pattern, so both are made once per pattern and then copied. The
+    bias is multiplied by `factor`.
+    """
+
+    def __init__(
+        self,
+        axes: Sequence[Axis],
+        bias: Tensor | None,
+        like: Tensor,
+        work: Workspace,
+        name: str = "additive",
+        factor: float = 1.0,
+    ) -> None:
+        self.work = work
+        self.name = name
+        self.patterns = _patterns(tuple(axes), like.device)
+        outside = self.patterns.outside
+        self.needed = bias is not None or not self.patterns.all_inside
+        if bias is None:
+            table = like.new_zeros((1, *outside.shape))
+        else:
+            table = (bias * factor)[(slice(None), *self.patterns.bias_index(bias))].to(like.dtype)
+            table = table.reshape(-1, 1, *outside.shape[1:])
+        self.table = table.masked_fill(outside, negative(like.dtype))
+        self._bands: dict[tuple[Any, ...], Tensor] = {}
+
+    def band(self, band: tuple[int, int], strips: bool = False) -> Tensor:
+        """`(num_heads or 1, classes and tiles, queries, keys)` of a band, or 1 tile for all."""
+        if len(self.patterns.outside) == 1:
+            return self.table
+        alike = tuple(row[slice(*band)] for row in self.patterns.axes[0].which)
+        if alike not in self._bands:
+            which = self.patterns.which(band, strips)
+            shape = (self.table.shape[0], *which.shape, *self.table.shape[2:])
+            name = f"{self.name} {len(self._bands)}"
+            self._bands[alike] = torch.index_select(
+                self.table, 1, which, out=self.work.take(name, shape, self.table.dtype)
+            )
+        return self._bands[alike]
+
+    def add_grad(self, total: Tensor, grad: Tensor, band: tuple[int, int]) -> None:
+        """Add up gradients of scores `(images, heads, tiles, queries, keys)` of a band.
+
+        `total` is the gradient of the table of these heads.
+        """
+        if total.shape[1] == 1:
+            total[:, 0] += grad.sum((0, 2), dtype=total.dtype)
+        else:
+            total.index_add_(1, self.patterns.which(band), grad.sum(0, dtype=total.dtype))
+
+    def grad_bias(self, grad: Tensor, bias: Tensor) -> Tensor:
+        """The gradient of the bias from that of `table`, `(num_heads, patterns, queries, keys)`."""
+        grad = grad.masked_fill(self.patterns.outside, 0)
+        offsets = torch.broadcast_tensors(*self.patterns.bias_index(bias))
+        heads = torch.arange(grad.shape[0], device=grad.device).view(-1, *[1] * offsets[0].dim())
+        return grad.new_zeros(bias.shape).index_put_(
+            (heads, *offsets), grad.sum(1).view(-1, *offsets[0].shape), accumulate=True
+        )

@@ -1,0 +1,229 @@
+"""How one call of local attention is cut into chunks, and the steps on the tiles of a chunk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitarium.ops.additive import Additive
+from vitarium.ops.tiles import LEAD, Axis, fold, grid_view, map_views, tile_view
+from vitarium.ops.workspace import LOG2E, Workspace
+
+SUMS = 2.0**-80, 2.0**100  # a sum of weights between them has lost nothing, nor do its products
+
+# Bytes of the scores of one chunk in float32. On a CPU they should stay near the second-level cache
+# (with half as many bytes an element, twice the bytes were best); elsewhere few large launches are
+# better.
+CPU_CHUNK = 1 << 20
+DEVICE_CHUNK = 1 << 28
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some heads of some images."""
+
+    images: slice
+    heads: slice
+
+    @property
+    def pairs(self) -> tuple[int, int]:
+        return self.images.stop - self.images.start, self.heads.stop - self.heads.start
+
+    def of(self, x: Tensor, group: int = 1) -> Tensor:
+        """View `(images, heads, *spatial, channels)` of `(B, *spatial, num_heads, channels)`.
+
+        With `group` query heads to a head of `x`, heads repeat (and are copied).
+        """
+        x = x[self.images].movedim(-2, 1)
+        if group == 1:
+            return x[:, self.heads]
+        return x[:, [head // group for head in range(self.heads.start, self.heads.stop)]]
+
+
+def _portions(count: int, most: int) -> list[tuple[int, int]]:
+    """The numbers up to `count` in as few ranges of at most `most` as will do, about as long."""
+    step = -(-count // max(1, -(-count // most)))
+    return [(first, min(first + step, count)) for first in range(0, count, step or 1)]
+
+
+class Plan:
+    """How one call is cut up: bands of tiles of the first axis, and chunks of images and heads."""
+
+    def __init__(self, query: Tensor, axes: Sequence[Axis], *, strips: bool = False) -> None:
+        self.axes = axes = tuple(axes)
+        self.classes = tuple(axis.classes for axis in axes)
+        self.tile = tuple(axis.tile for axis in axes)
+        self.halo = tuple(axis.halo for axis in axes)
+        limit = CPU_CHUNK if query.device.type == "cpu" else DEVICE_CHUNK
+        limit = limit * 4 // query.element_size()
+        batch, num_heads = query.shape[0], query.shape[-2]
+        count = axes[0].tiles
+        row = self._scores_of_a_row() * query.element_size()
+        # Several heads of an image together, if they fit: in memory they lie side by side.
+        if strips:  # no scores are stored: only the grids count
+            grid = math.prod(axis.classes * axis.keys for axis in axes) * query.shape[-1]
+            heads, images = min(num_heads, max(1, limit // (grid * query.element_size()))), 1
+            step = count
+        else:
+            heads = min(num_heads, max(1, limit // row))
+            step = min(count, max(1, limit // (row * heads)))
+            images = max(1, limit // (row * heads * step))
+        self.bands = _portions(count, step)
+        self.chunks = [
+            Chunk(slice(*some_images), slice(*some_heads))
+            for some_images in _portions(batch, images)
+            for some_heads in _portions(num_heads, heads)
+        ]
+        self.work = Workspace(query)
+        # Where whole tiles fit, a map is a grid of queries already; the same for keys.
+        self.plain = tuple(all(axis.is_grid(keys) for axis in axes) for keys in (False, True))
+        self.full = tuple(all(axis.fills(keys) for axis in axes) for keys in (False, True))
+        # Whether scores seem small enough to be exponentiated as they are. Knowing that takes a
+        # look at the sums, for which a device would have to be waited for.
+        self.bounded = query.device.type == "cpu"
+        # Scores are exponents of two. In half precision they are made so once they are converted.
+        self.wide = torch.promote_types(query.dtype, torch.float32)
+        self.factor = LOG2E if self.wide == query.dtype else 1.0
+        self.dense = all(axis.classes == 1 and axis.tiles == 1 for axis in axes)
+        self._cleared: set[str] = set()
+
+    def _scores_of_a_row(self) -> int:
+        """Scores of one row of tiles, of all classes, of one head."""
+        tiles = math.prod(axis.classes for axis in self.axes)
+        tiles *= math.prod(axis.tiles for axis in self.axes[1:])
+        return tiles * math.prod(self.tile) * math.prod(self.halo)
+
+    def grid(self, name: str, x: Tensor, dtype: torch.dtype, *, keys: bool = False) -> Tensor:
+        """A grid for the map `(images, heads, *spatial, channels)`, without its contents.
+
+        Positions beyond the map are zero, or as the last user of the name in this plan left them.
+        """
+        positions = (axis.keys if keys else axis.queries for axis in self.axes)
+        shape = (*x.shape[:LEAD], *self.classes, *positions, x.shape[-1])
+        grid = self.work.take(name, shape, dtype)
+        if name not in self._cleared:
+            self._cleared.add(name)
+            if not self.full[keys]:
+                grid.zero_()
+        return grid
+
+    def keys_of(self, name: str, x: Tensor) -> Tensor:
+        """The map as a grid of keys, a view of it where that is possible."""
+        return self._grid_of(name, x, keys=True, fill=True)
+
+    def queries_of(self, name: str, x: Tensor, *, fill: bool = True) -> Tensor:
+        """The map as a grid of queries, a view of it where that is possible."""
+        return self._grid_of(name, x, keys=False, fill=fill)
+
+    def _grid_of(self, name: str, x: Tensor, *, keys: bool, fill: bool) -> Tensor:
+        if self.plain[keys]:
+            return grid_view(x, self.axes)
+        grid = self.grid(name, x, x.dtype, keys=keys)
+        if fill:
+            for source, target in map_views(x, grid, self.axes, keys):
+                target.copy_(source)
+        return grid
+
+    def finish(self, grid: Tensor, x: Tensor, *, keys: bool = False) -> None:
+        """Copy a grid into the map it was made for, unless it is a view of it."""
+        if keys or not self.plain[False]:
+            for target, source in map_views(x, grid, self.axes, keys):
+                target.copy_(source)
+
+    def queries(self, name: str, grid: Tensor, band: tuple[int, int]) -> Tensor:
+        """The query tiles of a band: `(pairs * classes * tiles, queries, channels)`."""
+        view = tile_view(grid, self.axes, band, self.tile)
+        return self._matrices(name, view).view(-1, math.prod(self.tile), grid.shape[-1])
+
+    def _matrices(self, name: str, view: Tensor) -> Tensor:
+        """The view, copied if it is not contiguous; nobody may write to it."""
+        if view.is_contiguous():
+            return view
+        return self.work.take(name, view.shape, view.dtype).copy_(view)
+
+    def results(self, name: str, grid: Tensor, band: tuple[int, int]) -> Tensor:
+        """Where to write the query tiles of a band: in the grid itself, if they are matrices."""
+        view = tile_view(grid, self.axes, band, self.tile)
+        if not view.is_contiguous():
+            view = self.work.take(name, view.shape, view.dtype)
+        return view.view(-1, math.prod(self.tile), grid.shape[-1])
+
+    def put_queries(
+        self, tiles: Tensor, grid: Tensor, band: tuple[int, int], sums: Tensor | None = None
+    ) -> None:
+        """Write query tiles, divided by `sums`, into their grid, if they are not there already."""
+        view = tile_view(grid, self.axes, band, self.tile)
+        tiles = tiles.view(view.shape)
+        there = tiles.data_ptr() == view.data_ptr()
+        if sums is not None:
+            sums = sums.view(*view.shape[:-1], 1)
+            torch.div(tiles, sums, out=tiles if there else view)
+        elif not there:
+            view.copy_(tiles)
+
+    def keys(self, name: str, grid: Tensor, band: tuple[int, int]) -> Tensor:
+        """The halos of a band: `(pairs * classes * tiles, keys, channels)`."""
+        view = tile_view(grid, self.axes, band, self.halo)
+        return self._matrices(name, view).view(-1, math.prod(self.halo), grid.shape[-1])
+
+    def add_keys(self, tiles: Tensor, grid: Tensor, band: tuple[int, int]) -> None:
+        """Add halos back to where `keys` took them from, one axis after the other."""
+        rank = len(self.axes)
+        halos = tiles.view(tile_view(grid, self.axes, band, self.halo).shape)
+        first, count = band[0] * self.tile[0], band[1] - band[0]
+        grid = grid.narrow(LEAD + rank, first, (count - 1) * self.tile[0] + self.halo[0])
+        for i, axis in enumerate(self.axes):
+            place = LEAD + rank + i
+            halos = halos.movedim(place + rank - i, place + 1)  # beside the axis's tiles
+            last = i == rank - 1
+            total = grid
+            if not last:
+                shape = list(halos.shape)
+                shape[place : place + 2] = [grid.shape[place]]
+                total = self.work.take(f"fold {i}", shape, grid.dtype)
+            fold(total, halos, axis, place, fresh=not last or len(self.bands) == 1)
+            halos = total
+
+    def weights(
+        self,
+        query: Tensor,
+        key: Tensor,
+        additive: Additive,
+        scale: float,
+        chunk: Chunk,
+        band: tuple[int, int],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Weights of tiles, and what is still to be divided by: their sums over keys, or None.
+
+        Powers of two take a quarter of the time of `torch.softmax`. They are taken of the scores
+        themselves, unless some sum comes near the ends of the range of float32; only then are
+        scores taken relative to the largest of their query. Weights in half precision are rounded
+        once, when they are divided.
+        """
+        shape = (query.shape[0], query.shape[1], key.shape[1])
+        scores = self.work.take("weights", shape, query.dtype)
+        if additive.needed:
+            table = additive.band(band)
+            table = table[chunk.heads] if table.shape[0] > 1 else table
+            scores.view(*chunk.pairs, -1, *shape[1:]).copy_(table)
+        scores.baddbmm_(query, key.mT, beta=1 if additive.needed else 0, alpha=scale * self.factor)
+        half, powers = self.wide != query.dtype, scores
+        if half:
+            powers = self.work.take("powers", shape, self.wide).copy_(scores).mul_(LOG2E)
+        if not self.bounded:
+            powers.sub_(powers.amax(-1, keepdim=True))
+        powers.exp2_()
+        sums = self.work.take("sums", (*shape[:2], 1), self.wide)
+        torch.sum(powers, -1, keepdim=True, out=sums)
+        if self.bounded:
+            least, largest = (float(sum) for sum in torch.aminmax(sums))
+            self.bounded = SUMS[0] < least and largest < SUMS[1]
+            if not self.bounded:
+                return self.weights(query, key, additive, scale, chunk, band)
+        if half:
+            return scores.copy_(powers.div_(sums)), None
+        return powers, sums

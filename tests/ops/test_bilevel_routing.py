@@ -455,6 +455,26 @@ def test_nchw_grids_are_ragged_where_official_ones_are() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="not about kernels")
 @pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("bilevel_routing", {"n_win": 3, "topk": 2, "soft_routing": True}),
+        ("bilevel_routing_nchw", {"n_win": 3, "topk": 2}),
+        ("attention_lepe", {}),
+    ],
+)
+def test_export_for_any_size(name, arguments) -> None:
+    torch.manual_seed(0)
+    mixer = build_mixer((name, {"num_heads": 2, **arguments}), 16).eval()
+    some = torch.export.Dim.AUTO
+    program = torch.export.export(
+        mixer, (torch.randn(2, 10, 13, 16),), dynamic_shapes=({1: some, 2: some},)
+    )
+    x = torch.randn(2, 17, 11, 16)
+    torch.testing.assert_close(program.module()(x), mixer(x))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="not about kernels")
+@pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
         ("bilevel_routing", {"num_heads": 3}, "num_heads=3 must divide dim=16"),

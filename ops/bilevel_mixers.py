@@ -8,7 +8,7 @@ Self-Attention", 2111.15193).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -342,7 +342,7 @@ class AttentionLePE(Mixer, name="attention_lepe"):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         side_dwconv: int = 5,
-        lepe_on: Literal["input", "value"] = "input",
+        lepe_on: str = "input",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -458,7 +458,6 @@ def test_nchw_grids_are_ragged_where_official_ones_are() -> None:
     ("name", "arguments"),
     [
         ("bilevel_routing", {"n_win": 3, "topk": 2, "soft_routing": True}),
-        ("bilevel_routing_nchw", {"n_win": 3, "topk": 2}),
         ("attention_lepe", {}),
     ],
 )

@@ -6,7 +6,11 @@ Backbones, tests, benchmarks and the README's table find mixers in `MIXERS`, by 
 
 from __future__ import annotations
 
+import inspect
+import numbers
 import re
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -59,10 +63,13 @@ class Mixer(nn.Module):
         cls.name = name
         MIXERS[name] = cls
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Mixer:
+        # Before any __init__ computes with what it was given, for every subclass alike.
+        _check_arguments(cls, args, kwargs)
+        return super().__new__(cls)
+
     def __init__(self, dim: int) -> None:
         super().__init__()
-        if isinstance(dim, bool) or not isinstance(dim, int):
-            raise TypeError(f"{type(self).__name__}: dim must be int, got {type(dim).__name__}")
         if dim < 1:
             raise ValueError(f"{type(self).__name__}: dim={dim} must be at least 1")
         self.dim = dim
@@ -173,6 +180,42 @@ class Mixer(nn.Module):
             if found is not None and tuple(found.shape) == (*parameter.shape, 1, 1):
                 state_dict[prefix + name] = found.flatten(-3)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _check_arguments(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Arguments of `cls.__init__` are of their annotated types, and rates are rates.
+
+    Raises:
+        TypeError, ValueError: one is not.
+    """
+    hints = typing.get_type_hints(cls.__init__)
+    try:
+        given = inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs).arguments
+    except TypeError:
+        return  # __init__ itself says what it does not take
+    for name, value in given.items():
+        hint = hints.get(name, Any)
+        if name not in ("self", "device", "dtype") and not _fits(value, hint):
+            allowed = getattr(hint, "__name__", str(hint))
+            raise TypeError(f"{cls.__name__}: {name}={value!r} must be {allowed}")
+        if name.endswith(("_drop", "drop_path")) and not 0 <= value <= 1:
+            raise ValueError(f"{cls.__name__}: {name}={value!r} is a rate; allowed is 0 to 1")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether the value is of the annotated type; an int will do for a float, a list for a tuple."""
+    origin, entries = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, entry) for entry in entries)
+    if origin is typing.Literal:
+        return value in entries
+    if origin is tuple:
+        sequence = isinstance(value, Sequence) and not isinstance(value, str)
+        return sequence and all(_fits(entry, entries[0]) for entry in value)
+    if hint in (int, float):
+        number = numbers.Integral if hint is int else numbers.Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
 
 
 def _resized(x: Tensor, size: Sequence[int]) -> Tensor:

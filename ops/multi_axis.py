@@ -103,6 +103,8 @@ class MultiAxisAttention(Mixer, name="multi_axis"):
                 f"{', '.join(_ACTIVATIONS)}"
             )
         super().__init__(dim)
+        if dim * expand_ratio < 1:
+            raise ValueError(f"MultiAxisAttention: expand_ratio={expand_ratio} must be positive")
         factory = {"device": device, "dtype": dtype}
         attention: dict[str, Any] = {
             "num_heads": num_heads,
@@ -125,10 +127,10 @@ class MultiAxisAttention(Mixer, name="multi_axis"):
             "drop_path": drop_path,
             **factory,
         }
+        windows = WindowAttention(dim, window_size=window_size, **attention)
         grid = GridAttention(
             dim, grid_size=window_size if grid_size is None else grid_size, **attention
         )
-        windows = WindowAttention(dim, window_size=window_size, **attention)
         if parallel:
             self.attn_parallel = _Block(dim, _SideBySide(windows, grid), **block)
         else:
@@ -200,7 +202,7 @@ class _LayerScale(nn.Module):
 
     def __init__(self, dim: int, init_values: float, **factory: Any) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), init_values, **factory))
+        self.gamma = nn.Parameter(torch.full((dim,), float(init_values), **factory))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma

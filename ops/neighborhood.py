@@ -291,7 +291,8 @@ class GlobalAttention(NeighborhoodAttention, name="global"):
     def __init__(
         self, dim: int, *, num_heads: int, map_size: int | tuple[int, int], **kwargs: Any
     ) -> None:
-        super().__init__(dim, num_heads=num_heads, kernel_size=map_size, **kwargs)
+        size = dispatch.per_dimension(type(self).__name__, "map_size", map_size, 2)
+        super().__init__(dim, num_heads=num_heads, kernel_size=size, **kwargs)
 
     def _pad(self, x: Tensor) -> Tensor:
         return x

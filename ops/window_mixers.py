@@ -143,6 +143,8 @@ class WindowAttention(Mixer, name="window"):
             raise ValueError(
                 f"{owner}: rel_pos_type={rel_pos_type!r}; allowed are None, {', '.join(BIAS_TYPES)}"
             )
+        if dim_out is not None and dim_out < 1:
+            raise ValueError(f"{owner}: dim_out={dim_out} must be at least 1")
         super().__init__(dim)
         factory = {"device": device, "dtype": dtype}
         self.num_heads = num_heads

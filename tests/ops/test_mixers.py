@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -109,6 +110,20 @@ def test_bad_maps(name: str, example: dict[str, Any]) -> None:
             mixer(torch.randn(shape))
     with pytest.raises(ValueError, match="dim=0 must be"):
         build_mixer((name, {k: v for k, v in example.items() if k != "dim"}), 0)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_bad_constructor_arguments_are_named(name: str) -> None:
+    """Whatever is put in place of an argument: it works, or the error names the argument."""
+    example = MIXERS[name].examples[0]
+    signature = inspect.signature(MIXERS[name].__init__)
+    for argument in signature.parameters.keys() - {"self", "device", "dtype", "kwargs"}:
+        for value in (None, -1, 0, "a", (1, 2, 3), 2.5, True):
+            arguments = {**example, argument: value}
+            try:
+                build_mixer((name, arguments), arguments.pop("dim"), device="meta")
+            except (ValueError, TypeError) as error:
+                assert argument in str(error), f"{argument}={value!r}: {error}"
 
 
 def test_specs() -> None:

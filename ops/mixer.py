@@ -203,7 +203,7 @@ def _check_arguments(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether the value is of the annotated type; an int will do for a float, a list for a tuple."""
+    """Whether the value is of the annotated type; an int does for a float, a list for a tuple."""
     origin, entries = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, entry) for entry in entries)

@@ -91,14 +91,13 @@ def aggregated_attention(
     ):
         if table is not None:
             _check_bias(name, table, expected, query.device)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
+    factor: Any = query.shape[-1] ** -0.5 if scale is None else scale
+    if isinstance(factor, bool) or not isinstance(factor, (int, float, torch.SymFloat)):
         raise TypeError(f"{NAME}: scale must be a number or None, got {type(scale).__name__}")
-    elif not -math.inf < scale < math.inf:
+    if not -math.inf < factor < math.inf:
         raise ValueError(f"{NAME}: scale={scale} must be finite")
     *qkv, weights = (*dispatch.autocast(*tensors.values()), None)[:6]
-    args = (*qkv, bias, pooled_bias, weights, window_size, float(scale))
+    args = (*qkv, bias, pooled_bias, weights, window_size, float(factor))
     return dispatch.choose(NAME, backend, _IMPLEMENTATIONS, query.device, *args)(*args)
 
 
@@ -256,8 +255,8 @@ def _plain(
 # --- the custom operator -------------------------------------------------------------------------
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    *args, fused = args
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *args, fused = arguments
     if fused:
         from vitarium.ops.kernels import aggregated as kernels
 
@@ -265,8 +264,8 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     return portable.attend(*args), args[0].new_empty(0, dtype=torch.float32)
 
 
-def _backward(grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-    *tensors, output, saved, window_size, scale, fused, needs = args
+def _backward(grad: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
+    *tensors, output, saved, window_size, scale, fused, needs = arguments
     if fused:
         from vitarium.ops.kernels import aggregated as kernels
 

@@ -233,12 +233,16 @@ def backward(
         needs: by tensor, whether its gradient is wanted.
     """
     grads = [t.new_empty(t.shape) for t in (query, key, value, pooled_key, pooled_value)]
-    needs_bias, needs_pooled_bias, needs_weights = needs[5:]
-    grad_weights = window_weights.new_empty(window_weights.shape) if needs_weights else None
+    # Those of the optional ones whose gradient is wanted.
+    for_bias, for_pooled_bias, for_weights = (
+        tensor if need else None
+        for tensor, need in zip((bias, pooled_bias, window_weights), needs[5:])
+    )
+    grad_weights = None if for_weights is None else for_weights.new_empty(for_weights.shape)
     if output.numel() == 0:
         rest = (
-            torch.zeros_like(tensor) if need else None
-            for tensor, need in zip((bias, pooled_bias, window_weights), needs[5:])
+            None if tensor is None else torch.zeros_like(tensor)
+            for tensor in (for_bias, for_pooled_bias, for_weights)
         )
         return *(grad.zero_() for grad in grads), *rest
     if pooled_bias is not None:
@@ -267,7 +271,7 @@ def backward(
         grad_query=grad_query,
         grad_query_strides=map_strides(grad_query),
         grad_window_weights=grad_weights,
-        grad_window_weights_strides=map_strides(grad_weights) if needs_weights else (0,) * 6,
+        grad_window_weights_strides=(0,) * 6 if grad_weights is None else map_strides(grad_weights),
         tiles=counts,
         heads=heads,
         TILE=_TILES[queries],
@@ -278,7 +282,7 @@ def backward(
     counts = _counts(query, _TILES[queries])
     programs = query.shape[0] * heads_kv * math.prod(counts)
     bias_sums = None
-    if needs_bias:
+    if for_bias is not None:
         bias_sums = logsumexp.new_empty(programs, heads // heads_kv, window_size**2)
     _launch(
         aggregated_backward.key_value_kernel,
@@ -297,10 +301,10 @@ def backward(
     )
     grads[3:] = _grad_pooled(query, pooled_key, pooled_value, arguments)
     grad_bias = grad_pooled_bias = None
-    if bias_sums is not None:
-        grad_bias = bias_sums.view(-1, heads, window_size**2).sum(0).to(bias.dtype)
-    if needs_pooled_bias:
-        grad_pooled_bias = _grad_pooled_bias(query, value, pooled_bias, arguments)
+    if for_bias is not None and bias_sums is not None:
+        grad_bias = bias_sums.view(-1, heads, window_size**2).sum(0).to(for_bias.dtype)
+    if for_pooled_bias is not None:
+        grad_pooled_bias = _grad_pooled_bias(query, value, for_pooled_bias, arguments)
     return *grads, grad_bias, grad_pooled_bias, grad_weights
 
 

@@ -73,6 +73,29 @@ def check(
 ) -> float:
     """The scale; raises what `attention` says it raises, in the name of operator `name`."""
     dispatch.check_tensors(name, query=query, key=key, value=value)
+    q, k, v = query.shape, key.shape, value.shape
+    fits = (
+        (len(q) >= 4 and len(k) >= 4)
+        and (q[0] == k[0] and k[:-1] == v[:-1] and q[-1] == k[-1])
+        and (k[-1] >= 1 and v[-1] >= 1 and k[-2] >= 1 and q[-2] % k[-2] == 0)
+    )
+    if not fits:
+        _complain(name, query, key, value)
+    if bias is not None:
+        _check_bias(name, bias, query, key)
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"{name}: is_causal must be True or False, got {is_causal!r}")
+    if scale is None:
+        return float(query.shape[-1] ** -0.5)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
+        raise TypeError(f"{name}: scale must be a number or None, got {type(scale).__name__}")
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"{name}: scale={scale} must be finite")
+    return float(scale)
+
+
+def _complain(name: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raises what is wrong with these shapes."""
     for argument, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() < 4:
             raise ValueError(
@@ -102,17 +125,6 @@ def check(
         raise ValueError(
             f"{name}: key has {num_heads_kv} heads, which do not divide the query's {num_heads}"
         )
-    if bias is not None:
-        _check_bias(name, bias, query, key)
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"{name}: is_causal must be True or False, got {is_causal!r}")
-    if scale is None:
-        return float(query.shape[-1] ** -0.5)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
-        raise TypeError(f"{name}: scale must be a number or None, got {type(scale).__name__}")
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"{name}: scale={scale} must be finite")
-    return float(scale)
 
 
 def _check_bias(name: str, bias: Any, query: Tensor, key: Tensor) -> None:
@@ -196,9 +208,10 @@ def portable(
     args = (query, key, value, bias, is_causal, scale, training)
     if dispatch.plain_aten():
         return reference(*args)
-    chosen = dense.way(query, key, value, bias, None, is_causal, training)
+    on_cpu = query.device.type == "cpu"
+    scores = query.shape[0] * query.shape[-2] * dense.tokens(query) * dense.tokens(key)
     learns_bias = training and bias is not None and bias.requires_grad
-    if chosen == "flash" and not learns_bias:
+    if not learns_bias and scores and dense.flash_serves(query, value, bias, None, is_causal):
         if bias is not None:  # only with four dimensions it does not take its slow path
             bias = bias.to(query.dtype) if bias.dim() == 4 else bias.to(query.dtype)[None]
         output = F.scaled_dot_product_attention(
@@ -209,8 +222,7 @@ def portable(
             scale=scale,
         )
         return output.transpose(1, 2).contiguous().view(*query.shape[:-1], value.shape[-1])
-    scores = query.shape[0] * query.shape[-2] * dense.tokens(query) * dense.tokens(key)
-    small = scores <= SMALL[int(query.element_size() > 2)] and query.device.type == "cpu"
+    small = on_cpu and scores <= SMALL[int(query.element_size() > 2)]
     if small and not torch.compiler.is_compiling():
         hides = bias is not None and has_infinities(bias)
         return attend(query, key, value, bias, is_causal, scale, hides)

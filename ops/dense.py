@@ -30,7 +30,7 @@ from vitarium.ops.workspace import Workspace
 
 # Training keeps weights of short sequences, by scores of one head, and of small batches.
 WEIGHTS_KEPT = 1 << 16
-WEIGHTS_KEPT_BYTES = 1 << 24
+WEIGHTS_KEPT_BYTES = 1 << 25
 PACKING_PAYS = 1 << 17  # scores of one head from which leaving out queries is faster
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -57,6 +57,18 @@ def packing_pays(query: Tensor, key: Tensor) -> bool:
     return tokens(query) * tokens(key) > PACKING_PAYS
 
 
+def flash_serves(
+    query: Tensor, value: Tensor, bias: Tensor | None, active: Tensor | None, is_causal: bool
+) -> bool:
+    """Whether PyTorch's fused attention for CPUs computes this, and is the fastest to do so."""
+    return (
+        query.dtype == torch.float32
+        and query.shape[-1] == value.shape[-1]
+        and query.device.type == "cpu"
+        and not (is_causal and (bias is not None or active is not None))
+    )
+
+
 def way(
     query: Tensor,
     key: Tensor,
@@ -73,12 +85,7 @@ def way(
     scores = tokens(query) * tokens(key)
     if query.shape[0] * scores == 0:
         return "nothing"
-    if (
-        query.dtype == torch.float32
-        and query.shape[-1] == value.shape[-1]
-        and query.device.type == "cpu"
-        and not (is_causal and (bias is not None or active is not None))
-    ):
+    if flash_serves(query, value, bias, active, is_causal):
         return "flash"
     size = query.shape[0] * query.shape[-2] * scores * query.element_size()
     if training and (scores <= WEIGHTS_KEPT or size <= WEIGHTS_KEPT_BYTES):

@@ -265,7 +265,7 @@ def test_training_on_long_sequences_stores_no_scores() -> None:
             return tensor
 
         leaves = [
-            torch.randn(1, tokens, 3, width, dtype=dtype, requires_grad=True)
+            torch.randn(1, tokens, 5, width, dtype=dtype, requires_grad=True)
             for width in (8, 8, value_width)
         ]
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -13,6 +13,8 @@ from torch import Tensor
 from vitarium.ops.tiles import Axis
 from vitarium.ops.workspace import Workspace, negative
 
+FEW = 16  # patterns
+
 
 class Patterns:
     """The distinct patterns of all axes together, as tensors."""
@@ -37,6 +39,7 @@ class Patterns:
         )
         self.all_inside = not bool(self.outside.any())
         self.which = functools.cache(self._which)
+        self.bias_index = functools.cache(self._bias_index)
 
     def _which(self, band: tuple[int, int], strips: bool = False) -> Tensor:
         """The pattern of every (class, tile) of a band, flattened.
@@ -53,12 +56,17 @@ class Patterns:
             index = index * len(axis.patterns) + rows.view(shape)
         return (index.movedim(rank, -1) if strips else index).flatten()
 
-    def bias_index(self, bias: Tensor) -> list[Tensor]:
-        """Indices into a bias table `(num_heads, 2 * reach + 1, ...)`, one per axis."""
-        return [
-            (offset + size // 2).clamp(0, size - 1)
-            for offset, size in zip(self.offsets, bias.shape[1:])
-        ]
+    def members(self, band: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """`(patterns, tiles)`: 1 where a tile has the pattern, else 0."""
+        patterns = torch.arange(len(self.outside), device=self.device)
+        return (patterns[:, None] == self.which(band)).to(dtype)
+
+    def _bias_index(self, sizes: tuple[int, ...]) -> Tensor:
+        """Index into a flattened bias table of these sizes, for every query and key of a tile."""
+        index = torch.zeros((), dtype=torch.long, device=self.device)
+        for offset, size in zip(self.offsets, sizes):
+            index = index * size + (offset + size // 2).clamp(0, size - 1)
+        return index.flatten()
 
 
 _patterns = functools.lru_cache(maxsize=128)(Patterns)
@@ -88,9 +96,12 @@ class Additive:
         if bias is None:
             table = like.new_zeros((1, *outside.shape))
         else:
-            table = (bias * factor)[(slice(None), *self.patterns.bias_index(bias))].to(like.dtype)
-            table = table.reshape(-1, 1, *outside.shape[1:])
-        self.table = table.masked_fill(outside, negative(like.dtype))
+            table = (bias * factor).to(like.dtype).flatten(1)
+            table = table.index_select(1, self.patterns.bias_index(bias.shape[1:]))
+            table = table.view(-1, 1, *outside.shape[1:])
+        if not self.patterns.all_inside:
+            table = table.masked_fill(outside, negative(like.dtype))
+        self.table = table
         self._bands: dict[tuple[Any, ...], Tensor] = {}
 
     def band(self, band: tuple[int, int], strips: bool = False) -> Tensor:
@@ -112,16 +123,22 @@ class Additive:
 
         `total` is the gradient of the table of these heads.
         """
-        if total.shape[1] == 1:
-            total[:, 0] += grad.sum((0, 2), dtype=total.dtype)
-        else:
+        if total.shape[1] > FEW:
             total.index_add_(1, self.patterns.which(band), grad.sum(0, dtype=total.dtype))
+            return
+        # A product with zeros and ones: sums over tiles that do not lie side by side are slow.
+        members = self.patterns.members(band, grad.dtype).expand(len(total), -1, -1)
+        for image in grad.flatten(-2):
+            total += torch.bmm(members, image).view(total.shape)
 
     def grad_bias(self, grad: Tensor, bias: Tensor) -> Tensor:
         """The gradient of the bias from that of `table`, `(num_heads, patterns, queries, keys)`."""
-        grad = grad.masked_fill(self.patterns.outside, 0)
-        offsets = torch.broadcast_tensors(*self.patterns.bias_index(bias))
-        heads = torch.arange(grad.shape[0], device=grad.device).view(-1, *[1] * offsets[0].dim())
-        return grad.new_zeros(bias.shape).index_put_(
-            (heads, *offsets), grad.sum(1).view(-1, *offsets[0].shape), accumulate=True
-        )
+        grad = grad.masked_fill(self.patterns.outside, 0).sum(1).flatten(1)
+        index = self.patterns.bias_index(bias.shape[1:])
+        total = grad.new_zeros(bias.shape).flatten(1)
+        if grad.device.type == "cpu":
+            total.scatter_add_(1, index.expand(len(grad), -1), grad)
+        else:  # where only this adds up in a fixed order
+            heads = torch.arange(len(grad), device=grad.device)[:, None]
+            total.index_put_((heads, index), grad, accumulate=True)
+        return total.view(bias.shape)

@@ -89,6 +89,8 @@ class Plan:
         self.wide = torch.promote_types(query.dtype, torch.float32)
         self.factor = LOG2E if self.wide == query.dtype else 1.0
         self.dense = all(axis.classes == 1 and axis.tiles == 1 for axis in axes)
+        # Whether a key is in the tiles of several queries, so that its gradient is a sum of theirs.
+        self.overlaps = any(axis.halo != axis.tile for axis in axes)
         self._cleared: set[str] = set()
 
     def _scores_of_a_row(self) -> int:
@@ -128,9 +130,16 @@ class Plan:
                 target.copy_(source)
         return grid
 
+    def sums_of(self, name: str, x: Tensor) -> Tensor:
+        """A grid of keys to which `add_keys` adds, for the map of a gradient."""
+        if not self.overlaps:
+            return self._grid_of(name, x, keys=True, fill=False)
+        grid = self.grid(name, x, self.wide, keys=True)
+        return grid.zero_() if len(self.bands) > 1 else grid
+
     def finish(self, grid: Tensor, x: Tensor, *, keys: bool = False) -> None:
         """Copy a grid into the map it was made for, unless it is a view of it."""
-        if keys or not self.plain[False]:
+        if not self.plain[keys] or (keys and self.overlaps):
             for target, source in map_views(x, grid, self.axes, keys):
                 target.copy_(source)
 
@@ -172,6 +181,9 @@ class Plan:
 
     def add_keys(self, tiles: Tensor, grid: Tensor, band: tuple[int, int]) -> None:
         """Add halos back to where `keys` took them from, one axis after the other."""
+        if not self.overlaps:
+            self.put_queries(tiles, grid, band)
+            return
         rank = len(self.axes)
         halos = tiles.view(tile_view(grid, self.axes, band, self.halo).shape)
         first, count = band[0] * self.tile[0], band[1] - band[0]

@@ -135,14 +135,13 @@ def attend_backward(
     plan = Plan(query, axes)
     additive = Additive(axes, bias, query, plan.work, factor=plan.factor)
     work, dtype = plan.work, query.dtype
-    wide = torch.promote_types(dtype, torch.float32)
     group = query.shape[-2] // key.shape[-2]
     heads = query.shape[-2:-1]
     grad_query = query.new_empty(query.shape)
     grad_key = key.new_empty(*key.shape[:-2], *heads, key.shape[-1])
     grad_value = value.new_empty(*value.shape[:-2], *heads, value.shape[-1])
     if bias_needs_grad:
-        grad_table = additive.table.new_zeros(additive.table.shape, dtype=wide)
+        grad_table = additive.table.new_zeros(additive.table.shape, dtype=plan.wide)
     for chunk in plan.chunks:
         query_grid = plan.queries_of("query grid", chunk.of(query))
         key_grid = plan.keys_of("key grid", chunk.of(key, group))
@@ -150,11 +149,8 @@ def attend_backward(
         # Zero beyond the map, so that queries that do not exist send no gradient.
         grad_grid = plan.queries_of("grad grid", chunk.of(grad))
         query_total = plan.queries_of("query total", chunk.of(grad_query), fill=False)
-        key_total = plan.grid("key total", chunk.of(grad_key), wide, keys=True)
-        value_total = plan.grid("value total", chunk.of(grad_value), wide, keys=True)
-        if len(plan.bands) > 1:
-            key_total.zero_()
-            value_total.zero_()
+        key_total = plan.sums_of("key total", chunk.of(grad_key))
+        value_total = plan.sums_of("value total", chunk.of(grad_value))
         for band in plan.bands:
             # Two buffers hold all halos in turn, so that they stay in cache.
             q = plan.queries("query", query_grid, band)

@@ -23,6 +23,8 @@ from vitarium.ops.workspace import Workspace
 UNIT = 1 << 21
 SCORES = 1 << 21
 DEVICE_SCORES = 1 << 28
+SAFE_SUM = 2.0**60  # of powers of two: what is lost beside it is below float32's precision
+LOG2E = math.log2(math.e)
 KEYS_KEPT = 64  # keys of a query up to which training keeps the weights: as large as the query
 
 
@@ -111,6 +113,7 @@ class Plan:
         self.keys = keys_of_a_query(key, routing, grid)
         self.dtype, self.work = query.dtype, Workspace(query)
         size, cpu = query.element_size(), query.device.type == "cpu"
+        self.powers_serve = cpu and query.dtype != torch.float64  # else looking would wait
         unit, scores = (UNIT, SCORES) if cpu else (DEVICE_SCORES, DEVICE_SCORES)
         one = self.heads * self.regions * self.queries * query.shape[-1] * size
         images = max(1, unit // one)
@@ -208,8 +211,33 @@ class Plan:
         """Weights `(rows, queries, keys)`, in `out` or in a buffer."""
         shape = (*query.shape[:2], self.keys)
         out = self.work.take("weights", shape, self.dtype) if out is None else out
+        if self.powers_serve:
+            self.powers_serve = self._powers(query, key, scale, out)
+            if self.powers_serve:
+                return out
         torch.baddbmm(out, query, key.mT, beta=0, alpha=scale, out=out)
         return torch._softmax(out, -1, False, out=out)
+
+    def _powers(self, query: Tensor, key: Tensor, scale: float, out: Tensor) -> bool:
+        """Softmax as plain powers of two, divided by their sums.
+
+        Faster than a softmax that subtracts the maximum, and as exact while no sum is near the ends
+        of float32's range. Returns whether that is so.
+        """
+        powers = out
+        if self.dtype == torch.float32:
+            torch.baddbmm(out, query, key.mT, beta=0, alpha=scale * LOG2E, out=out)
+        else:  # scores are rounded as they are, and not when multiplied
+            torch.baddbmm(out, query, key.mT, beta=0, alpha=scale, out=out)
+            powers = self.work.take("powers", out.shape, torch.float32).copy_(out).mul_(LOG2E)
+        sums = powers.exp2_().sum(-1, keepdim=True)
+        low, high = (float(bound) for bound in sums.aminmax())
+        if not (low > 1 / SAFE_SUM and high < SAFE_SUM):  # nor if one is no number
+            return False
+        powers.mul_(sums.reciprocal_())
+        if powers is not out:
+            out.copy_(powers)
+        return True
 
     def kept(self, saved: Tensor, unit: slice) -> Tensor | None:
         """Where the unit's weights are kept, `(rows, queries, keys)`: a part of `saved`."""

@@ -151,6 +151,35 @@ def test_large_regions_are_taken_in_bands_of_queries(monkeypatch, dtype) -> None
         torch.testing.assert_close(banded, expected, **tolerance)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="not about kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("shift", "serve"), [(20.0, True), (-20.0, True), (80.0, False), (-500.0, False)]
+)
+def test_scores_of_any_size(monkeypatch, dtype, shift, serve) -> None:
+    """A common term of all scores changes nothing, however large."""
+    query, key, value, routing, _ = draw(
+        5, 1, (2, 2), (2, 3), (2, 3), (2, 2), (8, 8), 3, torch.float64
+    )
+    query[..., 0], key[..., 0] = shift, 1.0  # the scores are shift + the others' product
+    query, key, value = (t.to(dtype) for t in (query, key, value))
+    plans: list[portable.Plan] = []
+    made = portable.Plan.__init__
+    monkeypatch.setattr(
+        portable.Plan, "__init__", lambda plan, *args: (made(plan, *args), plans.append(plan))[0]
+    )
+    results = []
+    for name, wide in (("torch", dtype), ("reference", torch.float64), ("reference", dtype)):
+        leaves = [t.detach().to(wide).requires_grad_() for t in (query, key, value)]
+        output = bilevel_routing_attention(*leaves, routing, 2, scale=1.0, backend=name)
+        grads = torch.autograd.grad(output.square().sum(), leaves)
+        results.append([t.double() for t in (output, *grads)])
+    assert plans[0].powers_serve == serve
+    for found, exact, plain in zip(*results):
+        allowed = 4 * (plain - exact).abs().max().item() + 1e-6
+        assert (found - exact).abs().max().item() <= allowed
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_repeated_region_counts_as_often_as_it_is_there(name) -> None:
     query, key, value, *_ = draw(1, 1, (1, 2), (2, 2), (2, 2), (1, 1), (16, 16), 1, torch.float32)

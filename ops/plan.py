@@ -33,12 +33,16 @@ class Chunk:
     def pairs(self) -> tuple[int, int]:
         return self.images.stop - self.images.start, self.heads.stop - self.heads.start
 
+    def tokens_of(self, x: Tensor) -> Tensor:
+        """View `(images, heads, *spatial, channels)` of `(B, *spatial, heads, channels)`."""
+        return x[self.images].movedim(-2, 1)
+
     def of(self, x: Tensor, group: int = 1) -> Tensor:
         """View `(images, heads, *spatial, channels)` of `(B, *spatial, num_heads, channels)`.
 
         With `group` query heads to a head of `x`, heads repeat (and are copied).
         """
-        x = x[self.images].movedim(-2, 1)
+        x = self.tokens_of(x)
         if group == 1:
             return x[:, self.heads]
         return x[:, [head // group for head in range(self.heads.start, self.heads.stop)]]
@@ -117,9 +121,13 @@ class Plan:
         """The map as a grid of keys, a view of it where that is possible."""
         return self._grid_of(name, x, keys=True, fill=True)
 
-    def queries_of(self, name: str, x: Tensor, *, fill: bool = True) -> Tensor:
+    def queries_of(self, name: str, x: Tensor) -> Tensor:
         """The map as a grid of queries, a view of it where that is possible."""
-        return self._grid_of(name, x, keys=False, fill=fill)
+        return self._grid_of(name, x, keys=False, fill=True)
+
+    def results_of(self, name: str, x: Tensor) -> Tensor:
+        """A grid of queries for results, a view of the map where that is possible."""
+        return self._grid_of(name, x, keys=False, fill=False)
 
     def _grid_of(self, name: str, x: Tensor, *, keys: bool, fill: bool) -> Tensor:
         if self.plain[keys]:

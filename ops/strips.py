@@ -94,7 +94,7 @@ def attend_strips(
         query_grid = plan.queries_of("query grid", chunk.of(query))
         key_grid = plan.keys_of("key grid", chunk.of(key, group))
         value_grid = plan.keys_of("value grid", chunk.of(value, group))
-        result = plan.queries_of("output grid", chunk.of(output), fill=False)
+        result = plan.results_of("output grid", chunk.of(output))
         # Buffers and views of them serve all pairs: little is left to do for each.
         strips = _strip_view(plan, key_grid)
         keys = plan.work.take("key", strips.shape, query.dtype)

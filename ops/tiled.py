@@ -12,6 +12,7 @@ from vitarium.ops.additive import Additive
 from vitarium.ops.plan import Plan
 from vitarium.ops.strips import attend_strips
 from vitarium.ops.tiles import Axis, PlainAxis
+from vitarium.ops.transfer import Reader, Writer
 from vitarium.ops.windows import Block, Pattern
 from vitarium.ops.workspace import negative
 
@@ -101,20 +102,17 @@ def _attend_tiles(
     scale: float,
 ) -> None:
     """Batched products of copied halos."""
-    group = query.shape[-2] // key.shape[-2]
     for chunk in plan.chunks:
-        query_grid = plan.queries_of("query grid", chunk.of(query))
-        key_grid = plan.keys_of("key grid", chunk.of(key, group))
-        value_grid = plan.keys_of("value grid", chunk.of(value, group))
-        result = plan.queries_of("output grid", chunk.of(output), fill=False)
+        reader = Reader(plan, chunk, query, key, value)
+        writer = Writer(plan, chunk, "output", output)
         for band in plan.bands:
-            q = plan.queries("query", query_grid, band)
-            k = plan.keys("halos", key_grid, band)
+            reader.load(band)
+            q, k = reader.tiles(0, "query"), reader.tiles(1, "halos")
             weights, sums = plan.weights(q, k, additive, scale, chunk, band)
-            v = plan.keys("halos", value_grid, band)  # over the keys, which have served
-            tiles = torch.bmm(weights, v, out=plan.results("output", result, band))
-            plan.put_queries(tiles, result, band, sums)
-        plan.finish(result, chunk.of(output))
+            v = reader.tiles(2, "halos")  # over the keys, which have served
+            tiles = writer.matrix("output", (*q.shape[:2], v.shape[2]), band)
+            writer.put(torch.bmm(weights, v, out=tiles), band, sums)
+        writer.finish()
 
 
 def attend_backward(
@@ -143,24 +141,22 @@ def attend_backward(
     if bias_needs_grad:
         grad_table = additive.table.new_zeros(additive.table.shape, dtype=plan.wide)
     for chunk in plan.chunks:
-        query_grid = plan.queries_of("query grid", chunk.of(query))
-        key_grid = plan.keys_of("key grid", chunk.of(key, group))
-        value_grid = plan.keys_of("value grid", chunk.of(value, group))
+        reader = Reader(plan, chunk, query, key, value)
         # Zero beyond the map, so that queries that do not exist send no gradient.
         grad_grid = plan.queries_of("grad grid", chunk.of(grad))
-        query_total = plan.queries_of("query total", chunk.of(grad_query), fill=False)
-        key_total = plan.sums_of("key total", chunk.of(grad_key))
-        value_total = plan.sums_of("value total", chunk.of(grad_value))
+        to_query = Writer(plan, chunk, "grad query", grad_query)
+        to_key = Writer(plan, chunk, "grad key", grad_key, keys=True)
+        to_value = Writer(plan, chunk, "grad value", grad_value, keys=True)
         for band in plan.bands:
             # Two buffers hold all halos in turn, so that they stay in cache.
-            q = plan.queries("query", query_grid, band)
+            reader.load(band)
+            q, k = reader.tiles(0, "query"), reader.tiles(1, "key")
             g = plan.queries("grad", grad_grid, band)
-            k = plan.keys("key", key_grid, band)
             weights, sums = plan.weights(q, k, additive, scale, chunk, band)
             weights = weights if sums is None else weights.div_(sums)
-            halo = work.take("value", (*k.shape[:2], value.shape[-1]), dtype)
-            plan.add_keys(torch.bmm(weights.mT, g, out=halo), value_total, band)
-            v = plan.keys("value", value_grid, band)
+            halo = to_value.matrix("value", (*k.shape[:2], value.shape[-1]), band)
+            to_value.put(torch.bmm(weights.mT, g, out=halo), band)
+            v = reader.tiles(2, "value")
             grad_scores = torch._softmax_backward_data(
                 torch.bmm(g, v.mT, out=work.take("grad weights", weights.shape, dtype)),
                 weights,
@@ -171,15 +167,13 @@ def attend_backward(
             if bias_needs_grad:
                 pairs = grad_scores.view(*chunk.pairs, -1, *weights.shape[1:])
                 additive.add_grad(grad_table[chunk.heads], pairs, band)
-            halo = work.take("value", k.shape, dtype)
-            torch.baddbmm(halo, grad_scores.mT, q, beta=0, alpha=scale, out=halo)
-            plan.add_keys(halo, key_total, band)
-            tiles = plan.results("output", query_total, band)
+            halo = to_key.matrix("value", k.shape, band)
+            to_key.put(torch.baddbmm(halo, grad_scores.mT, q, beta=0, alpha=scale, out=halo), band)
+            tiles = to_query.matrix("output", q.shape, band)
             torch.baddbmm(tiles, grad_scores, k, beta=0, alpha=scale, out=tiles)
-            plan.put_queries(tiles, query_total, band)
-        plan.finish(query_total, chunk.of(grad_query))
-        for total, target in ((key_total, grad_key), (value_total, grad_value)):
-            plan.finish(total, chunk.of(target), keys=True)
+            to_query.put(tiles, band)
+        for writer in (to_query, to_key, to_value):
+            writer.finish()
     work.close()
     if group > 1:
         grad_key = grad_key.unflatten(-2, (-1, group)).sum(-2)

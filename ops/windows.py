@@ -190,10 +190,10 @@ def _lead(window: Pattern, n: int, tile: int) -> int:
     Where the first window is cut off by the border and fits behind what the last one holds, the
     two share a tile, as by Swin's cyclic shift.
     """
-    if tile >= n or not window.lead:
+    if isinstance(window, Window) or tile >= n or not window.lead:
         return 0
     first = -window.lead % tile  # positions before the second tile
-    if window.reach < tile and 0 < (n - first) % tile <= tile - first:
+    if not window.halo and 0 < (n - first) % tile <= tile - first:
         return -first
     return window.lead
 

@@ -261,7 +261,7 @@ def test_wrong_calls(arguments: dict[str, Any], error: type[Exception], message:
         ({"num_heads": 0}, ValueError, "num_heads=0"),
         ({"kernel_size": 0}, ValueError, "kernel_size=0 must be at least 1"),
         ({"stride": 4}, ValueError, "stride=4 exceeds kernel_size=3"),
-        ({"dilation": "2"}, TypeError, "dilation='2' must hold int"),
+        ({"dilation": "2"}, TypeError, "dilation='2' must be int"),
         ({"window_size": 7}, TypeError, "window_size"),
     ],
 )

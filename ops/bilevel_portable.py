@@ -4,7 +4,8 @@ Some images at a time are copied region by region into buffers that stay in cach
 Chunks of their regions then take the rows of keys and values that they attend to, and batched
 matrix products do the rest; the backward takes the same rows again, and computes the weights again
 unless they were few enough to keep. So no more than a chunk of taken keys, values and scores
-exists at a time, whatever the size of the map.
+exists at a time, whatever the size of the map. Only on the smallest maps, if most regions are
+taken, masked dense attention is faster.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vitarium.ops.workspace import Workspace
+from vitarium.ops import dense
+from vitarium.ops.workspace import LOG2E, Workspace
 
 # Bytes of the queries of a unit of images, and of a chunk of scores. On a CPU they should stay in
 # cache; elsewhere few large launches are better.
 UNIT = 1 << 21
 SCORES = 1 << 21
 DEVICE_SCORES = 1 << 28
+DENSE_TOKENS = 256  # of a map that may be attended to as a whole, if a quarter of it is asked for
 SAFE_SUM = 2.0**60  # of powers of two: what is lost beside it is below float32's precision
-LOG2E = math.log2(math.e)
 KEYS_KEPT = 64  # keys of a query up to which training keeps the weights: as large as the query
 
 
@@ -45,10 +47,47 @@ def keys_of_a_query(key: Tensor, routing: Tensor, grid: list[int]) -> int:
     return routing.shape[-1] * (key.shape[1] // grid[0]) * (key.shape[2] // grid[1])
 
 
+def pays_dense(
+    query: Tensor, key: Tensor, weights: Tensor | None, routing: Tensor, grid: list[int]
+) -> bool:
+    """Whether masked attention of all tokens to all is the fastest way."""
+    return (
+        weights is None
+        and query.device.type == "cpu"
+        and query.dtype == torch.float32
+        and max(dense.tokens(query), dense.tokens(key)) <= DENSE_TOKENS
+        and 4 * routing.shape[-1] >= grid[0] * grid[1]
+    )
+
+
+def _mask(query: Tensor, key: Tensor, routing: Tensor, grid: list[int]) -> Tensor:
+    """`(B, 1, queries, keys)`: how often a query's region names a key's, as a logarithm."""
+    regions = grid[0] * grid[1]
+    count = query.new_zeros(len(query), regions, regions)
+    count.scatter_add_(2, routing.long(), count.new_ones(1, 1, 1).expand(routing.shape))
+    of_query, of_key = (_region_of(tuple(x.shape[1:3]), tuple(grid)) for x in (query, key))
+    return count.log_().index_select(1, of_query).index_select(2, of_key)[:, None]
+
+
+@functools.lru_cache(maxsize=128)
+def _region_of(size: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
+    """The region of every token of a map."""
+    y, x = (torch.arange(length) // (length // parts) for length, parts in zip(size, grid))
+    return (y[:, None] * grid[1] + x).flatten()
+
+
 def saved_shape(
-    query: Tensor, key: Tensor, routing: Tensor, grid: list[int], training: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor | None,
+    routing: Tensor,
+    grid: list[int],
+    training: bool,
 ) -> tuple[int, ...]:
     """Shape of what `forward` returns for the backward: the weights, bit for bit, or nothing."""
+    if pays_dense(query, key, weights, routing, grid):
+        return dense.saved_shape(query, key, value, None, None, False, training)
     keys = keys_of_a_query(key, routing, grid)
     if not training or keys > KEYS_KEPT:
         return (0,)
@@ -264,9 +303,14 @@ def forward(
     backward may follow.
     """
     check_range(routing, grid[0] * grid[1])
+    if pays_dense(query, key, weights, routing, grid):
+        mask = _mask(query, key, routing, grid)
+        return dense.forward(query, key, value, mask, None, False, scale, training)
     plan = Plan(query, key, value, routing, grid)
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    saved = query.new_empty(saved_shape(query, key, routing, grid, training), dtype=torch.float32)
+    saved = query.new_empty(
+        saved_shape(query, key, value, weights, routing, grid, training), dtype=torch.float32
+    )
     # With a single band the keys have served when the values come: one buffer stays in cache.
     value_buffer = "taken key" if len(plan.bands) == 1 else "taken value"
     for unit in plan.units:
@@ -301,12 +345,18 @@ def backward(
     saved: Tensor,
     grid: list[int],
     scale: float,
+    training: bool,
     weights_need_grad: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, weights (None where not needed) and None.
 
     Sums over regions that attend to the same keys are kept in float32 at least.
     """
+    if pays_dense(query, key, weights, routing, grid):
+        mask = _mask(query, key, routing, grid)
+        return *dense.backward(
+            grad, query, key, value, mask, None, output, saved, False, scale, training, False
+        ), None
     plan = Plan(query, key, value, routing, grid)
     work, dtype = plan.work, plan.dtype
     wide = torch.promote_types(dtype, torch.float32)

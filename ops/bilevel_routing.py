@@ -268,18 +268,18 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward(grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-    *call, _, fused, needs = args
+    *call, training, fused, needs = args
     if fused:
         from vitarium.ops.kernels import bilevel_routing as kernels
 
         return kernels.backward(grad, *call, needs[3])
-    return portable.backward(grad, *call, needs[3])
+    return portable.backward(grad, *call, training, needs[3])
 
 
 def _saved_shape(query, key, value, weights, routing, grid, scale, training, fused):
     if fused:  # base-2 log-sum-exp
         return tuple(query.shape[:-1])
-    return portable.saved_shape(query, key, routing, grid, training)
+    return portable.saved_shape(query, key, value, weights, routing, grid, training)
 
 
 def _scores(query, key, routing, grid) -> int:

@@ -88,6 +88,27 @@ def draw(
     ]
 
 
+@pytest.mark.skipif(INTERPRETED, reason="not about kernels")
+@pytest.mark.parametrize("training", [False, True])
+def test_small_maps_are_attended_to_as_a_whole(monkeypatch, training) -> None:
+    query, key, value, routing, _ = draw(
+        6, 2, (2, 3), (2, 3), (1, 2), (4, 2), (8, 8), 3, torch.float32
+    )
+    leaves = [t.requires_grad_(training) for t in (query, key, value)]
+
+    def run() -> list[Tensor]:
+        output = bilevel_routing_attention(*leaves, routing, (2, 3))
+        grads = torch.autograd.grad(output.square().sum(), leaves) if training else ()
+        return [output, *grads]
+
+    assert portable.pays_dense(query, key, None, routing, [2, 3])
+    assert not portable.pays_dense(query, key, None, routing[..., :1], [2, 3])
+    found = run()
+    monkeypatch.setattr(portable, "DENSE_TOKENS", 0)
+    for have, want in zip(found, run()):
+        torch.testing.assert_close(have, want)
+
+
 @settings(max_examples=1 if INTERPRETED else 15, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 1000),
@@ -163,6 +184,7 @@ def test_scores_of_any_size(monkeypatch, dtype, shift, serve) -> None:
     )
     query[..., 0], key[..., 0] = shift, 1.0  # the scores are shift + the others' product
     query, key, value = (t.to(dtype) for t in (query, key, value))
+    monkeypatch.setattr(portable, "DENSE_TOKENS", 0)
     plans: list[portable.Plan] = []
     made = portable.Plan.__init__
     monkeypatch.setattr(
@@ -333,7 +355,7 @@ def test_memory_does_not_grow_with_topk(dtype) -> None:
         with Allocations() as counted:
             args = (query, key, value, None, routing)
             output, saved = portable.forward(*args, [7, 7], 0.3, True)
-            portable.backward(output, *args, output, saved, [7, 7], 0.3, False)
+            portable.backward(output, *args, output, saved, [7, 7], 0.3, True, False)
         assert saved.numel() == 0
         found[topk] = counted
     a_map = query.numel() * 4

@@ -31,7 +31,11 @@ from vitarium.ops.workspace import Workspace
 # Training keeps weights of short sequences, by scores of one head, and of small batches.
 WEIGHTS_KEPT = 1 << 16
 WEIGHTS_KEPT_BYTES = 1 << 25
-PACKING_PAYS = 1 << 17  # scores of one head from which leaving out queries is faster
+# Leaving out queries is faster from so many scores of one head, and up to such a share of queries
+# that are left; the rows of a bias must be gathered, too.
+PACKING_PAYS = 1 << 17
+PACKED_SHARE = 0.85
+PACKED_SHARE_WITH_BIAS = 0.75
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -141,7 +145,7 @@ def forward(
     if chosen == "nothing":
         return query.new_zeros(shape), saved
     work = Workspace(query)
-    packing = None if active is None else Packing(active, work)
+    packing = _packing(active, bias, work)
     query, key, value = flat(query), flat(key), flat(value)
     if chosen == "flash":
         output, saved = _forward_flash(query, key, value, bias, packing, is_causal, scale, work)
@@ -150,7 +154,18 @@ def forward(
         scores = Scores(bias, is_causal, scale, query)
         output = _forward_products(scores, query, key, value, packing, kept, work)
     work.close()
-    return output.view(shape), saved
+    output = output.view(shape)
+    if active is not None and packing is None:
+        output.masked_fill_(~active[..., None], 0)
+    return output, saved
+
+
+def _packing(active: Tensor | None, bias: Tensor | None, work: Workspace) -> Packing | None:
+    """The packing of active queries; None where all are computed, as nearly all are active."""
+    if active is None:
+        return None
+    share = PACKED_SHARE if bias is None else PACKED_SHARE_WITH_BIAS
+    return Packing(active, work) if active.sum() <= share * active.numel() else None
 
 
 def _queries(x: Tensor, packing: Packing | None, work: Workspace, name: str) -> Tensor:
@@ -173,6 +188,15 @@ def _tokens(x: Tensor, packing: Packing | None) -> Tensor:
 
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _rows_of_bias(bias: Tensor | None, chunk: Chunk, keys: int, work: Workspace) -> Tensor | None:
+    """The bias of a chunk's packed queries."""
+    if bias is None:
+        return None
+    count = chunk.packed.stop - chunk.packed.start
+    out = work.take("bias", (1, 1, count, keys), bias.dtype)
+    return chunk.rows(bias, slice(None), out)
 
 
 def _forward_flash(
@@ -205,7 +229,7 @@ def _forward_flash(
         _flash(
             chunk.queries(packed)[None],
             *(chunk.keys(tensor, group)[None] for tensor in (key, value)),
-            attn_mask=None if bias is None else _unit_stride(chunk.rows(bias, slice(None))),
+            attn_mask=_rows_of_bias(bias, chunk, key.shape[2], work),
             scale=scale,
         )
         for chunk, _ in chunks(query, key, packing)
@@ -271,7 +295,9 @@ def backward(
         grads = [torch.zeros_like(tensor) for tensor in (query, key, value)]
         return *grads, torch.zeros_like(bias) if bias_needs_grad else None
     work = Workspace(query)
-    packing = None if active is None else Packing(active, work)
+    packing = _packing(active, bias, work)
+    if active is not None and packing is None:
+        grad = grad.masked_fill(~active[..., None], 0)
     operands = tuple(map(flat, (query, key, value)))
     grad_bias = None
     if chosen == "flash" and not bias_needs_grad:
@@ -347,7 +373,7 @@ def _backward_flash(
             *(chunk.queries(tensor)[None] for tensor in (output, logsumexp)),
             0.0,
             False,
-            attn_mask=None if bias is None else _unit_stride(chunk.rows(bias, slice(None))),
+            attn_mask=_rows_of_bias(bias, chunk, key.shape[2], work),
             scale=scale,
         )
         grad_query[chunk.packed] = found[0][0, 0]

@@ -83,10 +83,12 @@ class Chunk:
         images = self.images if x.shape[0] > 1 else slice(None)
         return x[images, self.heads if x.shape[1] > 1 else slice(None)]
 
-    def rows(self, x: Tensor, band: slice) -> Tensor:
-        """The tokens of a band of queries of `broadcast`."""
+    def rows(self, x: Tensor, band: slice, out: Tensor | None = None) -> Tensor:
+        """The tokens of a band of queries of `broadcast`, copied into `out` if that is given."""
         x = self.broadcast(x)
-        return x[:, :, band] if self.token is None else x.index_select(2, self.token[band])
+        if self.token is not None:
+            return torch.index_select(x, 2, self.token[band], out=out)
+        return x[:, :, band] if out is None else out.copy_(x[:, :, band])
 
 
 def _bands(count: int, keys: int, limit: int) -> list[slice]:
@@ -156,7 +158,7 @@ class Scores:
         if self.bias is None:
             torch.baddbmm(out, q, k.mT, beta=0, alpha=self.scale, out=out)
         else:
-            out.view(split).copy_(chunk.rows(self.bias, band))
+            chunk.rows(self.bias, band, out.view(split))
             torch.baddbmm(out, q, k.mT, alpha=self.scale, out=out)
         if self.is_causal:
             key = torch.arange(out.shape[2], device=out.device)

@@ -370,7 +370,11 @@ def _launches() -> list[Case]:
         _case(f"head_dim {dim}", (16, 16), 49, batch=2, heads=(2, 2), dims=(dim, dim))
         for dim in (32, 64, 128, 256)
     ]
-    return [*found, _case("window of seven alone", (16, 16), 49, 7, dims=(32, 32), optional=())]
+    return [
+        *found,
+        _case("TransNeXt", (16, 16), 49, batch=2, heads=(3, 3), dims=(24, 24)),
+        _case("window of seven alone", (16, 16), 49, 7, dims=(32, 32), optional=()),
+    ]
 
 
 OPERATOR = Operator(NAME, aggregated_attention, _IMPLEMENTATIONS, CASES, _OPERATION, _launches())

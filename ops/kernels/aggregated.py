@@ -134,6 +134,8 @@ def _arguments(
         "pooled": pooled_key.shape[1],
         "scale": scale,
         "K": window_size,
+        # Half precision leaves shared memory to load places of the window ahead.
+        "STAGES": 3 if query.element_size() == 2 else 1,
         "GROUP": query.shape[-2] // key.shape[-2],
         **widths(query, value),
     }
@@ -200,6 +202,7 @@ def forward(
         TILE=_TILES[queries],
         BLOCK_N=keys,
         LARGE=_large(query, key, value, output, pooled_bias, window_weights),
+        ALIGN=_align(query, key, value, pooled_key, pooled_value, output),
         **options,
     )
     return output, logsumexp
@@ -207,6 +210,11 @@ def forward(
 
 def _large(*tensors: Tensor | None) -> bool:
     return large(*(tensor for tensor in tensors if tensor is not None))
+
+
+def _align(*tensors: Tensor) -> int:
+    """The power of two, up to 16, that divides all strides but the last of all tensors."""
+    return math.gcd(16, *(stride for tensor in tensors for stride in tensor.stride()[:-1]))
 
 
 def backward(
@@ -259,6 +267,7 @@ def backward(
         "grad_output": grad_output,
         "grad_output_strides": map_strides(grad_output),
         "LARGE": _large(query, key, value, output, grad_output, pooled_bias, window_weights),
+        "ALIGN": _align(query, key, value, pooled_key, pooled_value, grad_output, *grads),
     }
 
     queries, keys, options = _config("query", query, value)

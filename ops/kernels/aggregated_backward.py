@@ -42,7 +42,8 @@ def query_kernel(
     lengths, tiles, heads, pooled, scale,  # arguments as those of forward_kernel
     GROUP: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr, ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     # With weights w and their gradients g, delta = sum w g, and the gradient of the query is
     # sum w (g - delta) k = sum w g k - delta sum w k: one walk gives all three sums. (That delta is
@@ -51,9 +52,18 @@ def query_kernel(
     BLOCK_M: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     batch, head, at, present = tile_of_program(tiles, heads, lengths, TILE)
     grad = load_map(
-        grad_output, grad_output_strides, batch, head, at, present, VALUE_D, BLOCK_VALUE_D, LARGE
+        grad_output,
+        grad_output_strides,
+        batch,
+        head,
+        at,
+        present,
+        VALUE_D,
+        BLOCK_VALUE_D,
+        LARGE,
+        ALIGN,
     )
-    q = load_map(query, query_strides, batch, head, at, present, D, BLOCK_D, LARGE)
+    q = load_map(query, query_strides, batch, head, at, present, D, BLOCK_D, LARGE, ALIGN)
     row_logsumexp = load_numbers(
         logsumexp, logsumexp_strides, batch, head, at, present, float("inf"), LARGE
     )
@@ -65,11 +75,11 @@ def query_kernel(
         k_at, k_exists = pooled_at(start, pooled, BLOCK_N)
         k = load_map(
             pooled_key, pooled_key_strides, batch, head // GROUP, k_at, k_exists,
-            D, BLOCK_D, LARGE,
+            D, BLOCK_D, LARGE, ALIGN,
         )  # fmt: skip
         v = load_map(
             pooled_value, pooled_value_strides, batch, head // GROUP, k_at, k_exists,
-            VALUE_D, BLOCK_VALUE_D, LARGE,
+            VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
         )  # fmt: skip
         scores = dot(q, tl.trans(k), None, PRECISION, UPCAST) * (scale * LOG2E)
         if pooled_bias is not None:
@@ -85,13 +95,22 @@ def query_kernel(
         mean_key = dot(weights.to(k.dtype), k, mean_key, PRECISION, UPCAST)
     q_wide = q.to(tl.float32)
     grad_wide = grad.to(tl.float32)
-    for place in range(K * K):
+    for place in tl.range(0, K * K, num_stages=STAGES):
         k_at, seen = shifted(at, present, place, lengths, K, 1)
-        k = load_map(key, key_strides, batch, head // GROUP, k_at, seen, D, BLOCK_D, LARGE).to(
-            tl.float32
-        )
+        k = load_map(
+            key, key_strides, batch, head // GROUP, k_at, seen, D, BLOCK_D, LARGE, ALIGN
+        ).to(tl.float32)
         v = load_map(
-            value, value_strides, batch, head // GROUP, k_at, seen, VALUE_D, BLOCK_VALUE_D, LARGE
+            value,
+            value_strides,
+            batch,
+            head // GROUP,
+            k_at,
+            seen,
+            VALUE_D,
+            BLOCK_VALUE_D,
+            LARGE,
+            ALIGN,
         )
         scores = window_scores(q_wide, k, bias, head, place, bias_strides, scale)
         weights = tl.exp2(tl.where(seen, scores, float("-inf")) - row_logsumexp)
@@ -108,7 +127,9 @@ def query_kernel(
         mean_key += weights[:, None] * k
     store_numbers(delta, logsumexp_strides, batch, head, at, present, row_delta, LARGE)
     result = (accumulator - row_delta[:, None] * mean_key) * scale
-    store_map(grad_query, grad_query_strides, batch, head, at, present, result, D, BLOCK_D, LARGE)
+    store_map(
+        grad_query, grad_query_strides, batch, head, at, present, result, D, BLOCK_D, LARGE, ALIGN
+    )
 
 
 @triton.jit
@@ -116,12 +137,21 @@ def load_queries(
     query, grad_output, logsumexp, delta,
     query_strides, grad_output_strides, logsumexp_strides, batch, head, at, present,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
-    LARGE: tl.constexpr,
+    LARGE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """What the gradient of the scores needs of queries; weights are 0 where absent."""
-    q = load_map(query, query_strides, batch, head, at, present, D, BLOCK_D, LARGE)
+    q = load_map(query, query_strides, batch, head, at, present, D, BLOCK_D, LARGE, ALIGN)
     grad = load_map(
-        grad_output, grad_output_strides, batch, head, at, present, VALUE_D, BLOCK_VALUE_D, LARGE
+        grad_output,
+        grad_output_strides,
+        batch,
+        head,
+        at,
+        present,
+        VALUE_D,
+        BLOCK_VALUE_D,
+        LARGE,
+        ALIGN,
     )
     row_logsumexp = load_numbers(
         logsumexp, logsumexp_strides, batch, head, at, present, float("inf"), LARGE
@@ -142,24 +172,27 @@ def key_value_kernel(
     scale,
     GROUP: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
-    LARGE: tl.constexpr,
+    LARGE: tl.constexpr, ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     BLOCK: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     batch, key_head, at, present = tile_of_program(tiles, heads, lengths, TILE)
-    k = load_map(key, key_strides, batch, key_head, at, present, D, BLOCK_D, LARGE)
-    v = load_map(value, value_strides, batch, key_head, at, present, VALUE_D, BLOCK_VALUE_D, LARGE)
+    k = load_map(key, key_strides, batch, key_head, at, present, D, BLOCK_D, LARGE, ALIGN)
+    v = load_map(
+        value, value_strides, batch, key_head, at, present, VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN
+    )
     k = k.to(tl.float32)
     v = v.to(tl.float32)
     k_accumulator = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     v_accumulator = tl.zeros([BLOCK, BLOCK_VALUE_D], tl.float32)
     for member in range(GROUP):
         head = key_head * GROUP + member
-        for place in range(K * K):
+        for place in tl.range(0, K * K, num_stages=STAGES):
             q_at, seen = shifted(at, present, place, lengths, K, -1)
             q, grad, row_logsumexp, row_delta = load_queries(
                 query, grad_output, logsumexp, delta,
                 query_strides, grad_output_strides, logsumexp_strides, batch, head, q_at, seen,
-                D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE,
+                D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE, ALIGN,
             )  # fmt: skip
             q = q.to(tl.float32)
             grad = grad.to(tl.float32)
@@ -178,11 +211,11 @@ def key_value_kernel(
             v_accumulator += weights[:, None] * grad
     store_map(
         grad_key, grad_key_strides, batch, key_head, at, present, k_accumulator * scale,
-        D, BLOCK_D, LARGE,
+        D, BLOCK_D, LARGE, ALIGN,
     )  # fmt: skip
     store_map(
         grad_value, grad_value_strides, batch, key_head, at, present, v_accumulator,
-        VALUE_D, BLOCK_VALUE_D, LARGE,
+        VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
     )  # fmt: skip
 
 
@@ -207,7 +240,7 @@ def pooled_kernel(
     images, parts,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     key_head = program % heads
@@ -216,10 +249,12 @@ def pooled_kernel(
     program = program // parts
     batch = program % images
     k_at, k_exists = pooled_at(program // images * BLOCK_N, pooled, BLOCK_N)
-    k = load_map(pooled_key, pooled_key_strides, batch, key_head, k_at, k_exists, D, BLOCK_D, LARGE)
+    k = load_map(
+        pooled_key, pooled_key_strides, batch, key_head, k_at, k_exists, D, BLOCK_D, LARGE, ALIGN
+    )
     v = load_map(
         pooled_value, pooled_value_strides, batch, key_head, k_at, k_exists,
-        VALUE_D, BLOCK_VALUE_D, LARGE,
+        VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
     )  # fmt: skip
     k_accumulator = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     v_accumulator = tl.zeros([BLOCK_N, BLOCK_VALUE_D], tl.float32)
@@ -231,7 +266,7 @@ def pooled_kernel(
         q, grad, row_logsumexp, row_delta = load_queries(
             query, grad_output, logsumexp, delta,
             query_strides, grad_output_strides, logsumexp_strides, batch, head, at, present,
-            D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE,
+            D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE, ALIGN,
         )  # fmt: skip
         # Transposed, keys are rows, so that both products below take the weights as they are.
         scores = dot(k, tl.trans(q), None, PRECISION, UPCAST) * (scale * LOG2E)
@@ -248,11 +283,11 @@ def pooled_kernel(
     whole = part * images + batch
     store_map(
         grad_pooled_key, grad_pooled_key_strides, whole, key_head, k_at, k_exists,
-        k_accumulator * scale, D, BLOCK_D, LARGE,
+        k_accumulator * scale, D, BLOCK_D, LARGE, ALIGN,
     )  # fmt: skip
     store_map(
         grad_pooled_value, grad_pooled_value_strides, whole, key_head, k_at, k_exists,
-        v_accumulator, VALUE_D, BLOCK_VALUE_D, LARGE,
+        v_accumulator, VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
     )  # fmt: skip
 
 
@@ -266,7 +301,7 @@ def pooled_bias_kernel(
     images, parts,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     head = program % heads
@@ -288,15 +323,15 @@ def pooled_bias_kernel(
         q, grad, row_logsumexp, row_delta = load_queries(
             query, grad_output, logsumexp, delta,
             query_strides, grad_output_strides, logsumexp_strides, batch, head, at, present,
-            D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE,
+            D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE, ALIGN,
         )  # fmt: skip
         k = load_map(
             pooled_key, pooled_key_strides, batch, head // GROUP, k_at, k_exists,
-            D, BLOCK_D, LARGE,
+            D, BLOCK_D, LARGE, ALIGN,
         )  # fmt: skip
         v = load_map(
             pooled_value, pooled_value_strides, batch, head // GROUP, k_at, k_exists,
-            VALUE_D, BLOCK_VALUE_D, LARGE,
+            VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
         )  # fmt: skip
         scores = dot(q, tl.trans(k), None, PRECISION, UPCAST) * (scale * LOG2E) + entries
         weights = tl.exp2(scores - row_logsumexp[:, None])

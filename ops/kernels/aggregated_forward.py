@@ -17,36 +17,50 @@ from vitarium.ops.kernels.common import (
     dot,
     exists,
     load_rows,
-    load_tokens,
     positions,
     softmax_step,
     split,
     store_rows,
-    store_tokens,
+    token_offsets,
 )
+
+
+@triton.jit
+def map_offsets(
+    strides, batch, head, position, BLOCK: tl.constexpr, LARGE: tl.constexpr, ALIGN: tl.constexpr
+):
+    """Offsets of the vectors of tokens, (tokens, BLOCK), in a map without dilation.
+
+    ALIGN divides all strides but the channels', which the compiler would have to know to load
+    several channels at once.
+    """
+    base, offset = token_offsets(batch, head, position, (0, 0, 0), (1, 1, 1), strides, LARGE)
+    base = tl.multiple_of(base, ALIGN)
+    offset = tl.multiple_of(offset, ALIGN)
+    channel = tl.arange(0, BLOCK)
+    return base, offset[:, None] + channel[None, :] * strides[5]
 
 
 @triton.jit
 def load_map(
     tensor, strides, batch, head, position, present,
-    D: tl.constexpr, BLOCK: tl.constexpr, LARGE: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, LARGE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """`common.load_tokens` of a map without dilation."""
-    return load_tokens(
-        tensor, strides, batch, head, position, present, (0, 0, 0), (1, 1, 1), D, BLOCK, LARGE
-    )
+    """The vectors of tokens, (tokens, BLOCK); zero where `present` is false and beyond D."""
+    base, offsets = map_offsets(strides, batch, head, position, BLOCK, LARGE, ALIGN)
+    mask = present[:, None] & (tl.arange(0, BLOCK) < D)[None, :]
+    return tl.load(tensor + base + offsets, mask=mask, other=0.0)
 
 
 @triton.jit
 def store_map(
     tensor, strides, batch, head, position, present, tokens,
-    D: tl.constexpr, BLOCK: tl.constexpr, LARGE: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, LARGE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """`common.store_tokens` of a map without dilation."""
-    store_tokens(
-        tensor, strides, batch, head, position, present, (0, 0, 0), (1, 1, 1), tokens,
-        D, BLOCK, LARGE,
-    )  # fmt: skip
+    """Writes what `load_map` reads, in the tensor's dtype."""
+    base, offsets = map_offsets(strides, batch, head, position, BLOCK, LARGE, ALIGN)
+    mask = present[:, None] & (tl.arange(0, BLOCK) < D)[None, :]
+    tl.store(tensor + base + offsets, tokens.to(tensor.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -132,11 +146,12 @@ def forward_kernel(
     K: tl.constexpr,  # side of the window
     TILE: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr, ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,  # of the walk over the window
 ):  # fmt: skip
     BLOCK_M: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     batch, head, at, present = tile_of_program(tiles, heads, lengths, TILE)
-    q = load_map(query, query_strides, batch, head, at, present, D, BLOCK_D, LARGE)
+    q = load_map(query, query_strides, batch, head, at, present, D, BLOCK_D, LARGE, ALIGN)
     maximum = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: no inf - inf
     total = tl.zeros([BLOCK_M], tl.float32)
     accumulator = tl.zeros([BLOCK_M, BLOCK_VALUE_D], tl.float32)
@@ -145,11 +160,11 @@ def forward_kernel(
         k_at, k_exists = pooled_at(start, pooled, BLOCK_N)
         k = load_map(
             pooled_key, pooled_key_strides, batch, head // GROUP, k_at, k_exists,
-            D, BLOCK_D, LARGE,
+            D, BLOCK_D, LARGE, ALIGN,
         )  # fmt: skip
         v = load_map(
             pooled_value, pooled_value_strides, batch, head // GROUP, k_at, k_exists,
-            VALUE_D, BLOCK_VALUE_D, LARGE,
+            VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
         )  # fmt: skip
         scores = dot(q, tl.trans(k), None, PRECISION, UPCAST) * (scale * LOG2E)
         if pooled_bias is not None:
@@ -163,11 +178,20 @@ def forward_kernel(
         )
     q_wide = q.to(tl.float32)
     further = tl.zeros([BLOCK_M, BLOCK_VALUE_D], tl.float32)
-    for place in range(K * K):
+    for place in tl.range(0, K * K, num_stages=STAGES):
         k_at, seen = shifted(at, present, place, lengths, K, 1)
-        k = load_map(key, key_strides, batch, head // GROUP, k_at, seen, D, BLOCK_D, LARGE)
+        k = load_map(key, key_strides, batch, head // GROUP, k_at, seen, D, BLOCK_D, LARGE, ALIGN)
         v = load_map(
-            value, value_strides, batch, head // GROUP, k_at, seen, VALUE_D, BLOCK_VALUE_D, LARGE
+            value,
+            value_strides,
+            batch,
+            head // GROUP,
+            k_at,
+            seen,
+            VALUE_D,
+            BLOCK_VALUE_D,
+            LARGE,
+            ALIGN,
         ).to(tl.float32)
         scores = window_scores(q_wide, k.to(tl.float32), bias, head, place, bias_strides, scale)
         scores = tl.where(seen, scores, float("-inf"))
@@ -185,7 +209,17 @@ def forward_kernel(
             further += extra.to(tl.float32)[:, None] * v
     result = accumulator / total[:, None] + further
     store_map(
-        output, output_strides, batch, head, at, present, result, VALUE_D, BLOCK_VALUE_D, LARGE
+        output,
+        output_strides,
+        batch,
+        head,
+        at,
+        present,
+        result,
+        VALUE_D,
+        BLOCK_VALUE_D,
+        LARGE,
+        ALIGN,
     )
     store_numbers(
         logsumexp, logsumexp_strides, batch, head, at, present, maximum + tl.log2(total), LARGE

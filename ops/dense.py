@@ -291,41 +291,38 @@ def backward(
         output, saved: what `forward` returned; the other arguments are what it got.
     """
     chosen = way(query, key, value, bias, active, is_causal, training)
+    learned = bias if bias_needs_grad else None
     if chosen == "nothing":
-        grads = [torch.zeros_like(tensor) for tensor in (query, key, value)]
-        return *grads, torch.zeros_like(bias) if bias_needs_grad else None
+        zeros = torch.zeros_like
+        grad_bias = None if learned is None else zeros(learned)
+        return zeros(query), zeros(key), zeros(value), grad_bias
     work = Workspace(query)
     packing = _packing(active, bias, work)
     if active is not None and packing is None:
         grad = grad.masked_fill(~active[..., None], 0)
-    operands = tuple(map(flat, (query, key, value)))
+    operands = flat(query), flat(key), flat(value)
     grad_bias = None
-    if chosen == "flash" and not bias_needs_grad:
+    if chosen == "flash" and learned is None:
         found = _backward_flash(
             flat(grad), operands, bias, packing, flat(output), saved, is_causal, scale, work
         )
     else:
         scores = Scores(bias, is_causal, scale, query)
-        if bias_needs_grad:
-            grad_bias = torch.zeros_like(
-                scores.bias,
-                dtype=torch.promote_types(bias.dtype, torch.float32),
-                memory_format=torch.contiguous_format,
-            )
+        if learned is not None:
+            wide = torch.promote_types(learned.dtype, torch.float32)
+            shape = learned.shape if learned.dim() == 4 else (1, *learned.shape)
+            grad_bias = learned.new_zeros(shape, dtype=wide)
         kept = kept_weights(saved, *operands[:2], packing) if chosen == "kept" else None
         found = _backward_products(scores, flat(grad), operands, packing, kept, grad_bias, work)
-        if bias_needs_grad:
-            grad_bias = grad_bias.view(bias.shape).to(bias.dtype)
+        if learned is not None and grad_bias is not None:
+            grad_bias = grad_bias.view(learned.shape).to(learned.dtype)
     work.close()
     grad_query, grad_key, grad_value = found
     group = query.shape[-2] // key.shape[-2]
     if group > 1:
         grad_key = grad_key.unflatten(2, (-1, group)).sum(3)
         grad_value = grad_value.unflatten(2, (-1, group)).sum(3)
-    grads = (
-        part.view(tensor.shape)
-        for part, tensor in ((grad_query, query), (grad_key, key), (grad_value, value))
-    )
+    grads = grad_query.view(query.shape), grad_key.view(key.shape), grad_value.view(value.shape)
     return *grads, grad_bias
 
 

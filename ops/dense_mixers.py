@@ -298,18 +298,22 @@ class LinearNorm(nn.Sequential):
     In evaluation the two are one linear layer.
     """
 
+    c: nn.Linear
+    bn: nn.BatchNorm1d
+
     def __init__(self, inputs: int, outputs: int, weight: float = 1.0, **factory: Any) -> None:
         super().__init__()
         self.add_module("c", nn.Linear(inputs, outputs, bias=False, **factory))
         self.add_module("bn", nn.BatchNorm1d(outputs, **factory))
         nn.init.constant_(self.bn.weight, weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            return self.bn(self.c(x).flatten(0, -2)).unflatten(0, x.shape[:-1])
-        factor = self.bn.weight * (self.bn.running_var + self.bn.eps).rsqrt()
-        bias = self.bn.bias - self.bn.running_mean * factor
-        return F.linear(x, self.c.weight * factor[:, None], bias)
+    def forward(self, input: Tensor) -> Tensor:
+        norm = self.bn
+        if self.training or norm.running_mean is None or norm.running_var is None:
+            return norm(self.c(input).flatten(0, -2)).unflatten(0, input.shape[:-1])
+        factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        bias = norm.bias - norm.running_mean * factor
+        return F.linear(input, self.c.weight * factor[:, None], bias)
 
 
 class SingleHeadAttention(Mixer, name="single_head"):

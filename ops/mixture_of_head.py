@@ -291,26 +291,25 @@ class HeadRouter(nn.Module):
             the same shape; None if no token can skip a head.
         """
         self.balance_loss = None
-        shared = routed = active = None
+        parts: list[Tensor] = []  # shared, routed
+        active = None
         if self.wg_1 is not None:
-            shared = self.wg_1(x).softmax(-1) * self.shared_head
+            parts.append(self.wg_1(x).softmax(-1) * self.shared_head)
         elif self.shared_head:
-            shared = x.new_ones((*x.shape[:-1], 1))
+            parts.append(x.new_ones((*x.shape[:-1], 1)))
         if self.wg is not None:
             scores = self.wg(x).softmax(-1)
             chosen = scores.topk(self.routed_head, -1).indices
-            chosen_ones = torch.ones_like(chosen, dtype=torch.bool)
-            active = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, chosen_ones)
+            active = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)
             if self.training:
                 self.balance_loss = self._balance_loss(scores, active)
             routed = scores * active
             total = routed.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).eps)
-            routed = routed / total * self.routed_head
-        if shared is None or routed is None:
-            gate = routed if shared is None else shared
-        else:
+            parts.append(routed / total * self.routed_head)
+        if self.wg_0 is not None:
             weights = self.wg_0(x).softmax(-1) * 2
-            gate = torch.cat([weights[..., :1] * shared, weights[..., 1:] * routed], -1)
+            parts = [weights[..., :1] * parts[0], weights[..., 1:] * parts[1]]
+        gate = torch.cat(parts, -1)
         if active is None or self.routed_head == self.num_heads - self.shared_head:
             return gate, None
         return gate, F.pad(active, (self.shared_head, 0), value=True)

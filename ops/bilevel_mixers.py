@@ -240,11 +240,15 @@ class BiLevelRoutingAttentionNCHW(BiLevelRoutingAttention, name="bilevel_routing
     divide the map: regions are `H // n_win` tokens high (at least 1), and as many as cover the
     map; queries, keys and values are padded with zeros, after the projection. Padded keys are
     attended to; the region means and the local enhancement leave them out. A map with fewer than
-    `topk` regions attends to all of them.
+    `topk` regions attends to all of them. Cost as there: out = proj(attention(q, k, v over the
+    routed regions) + LePE(v)).
 
     Args:
         dim, num_heads, n_win, qk_scale, topk, side_dwconv, auto_pad: as in
             `BiLevelRoutingAttention`.
+
+    Raises:
+        ValueError: as in `BiLevelRoutingAttention`.
     """
 
     official_names: ClassVar[Mapping[str, str | None]] = {
@@ -309,7 +313,8 @@ class BiLevelRoutingAttentionNCHW(BiLevelRoutingAttention, name="bilevel_routing
 class AttentionLePE(Mixer, name="attention_lepe"):
     """Dense attention with local enhancement, as in the last stage of BiFormer.
 
-    output = proj(attention(q, k, v) + LePE(x)), or LePE(v) with `lepe_on="value"`.
+    output = proj(attention(q, k, v) + LePE(x)), or LePE(v) with `lepe_on="value"`. Cost for N
+    tokens: 4 N C^2 + 2 N^2 C + N side_dwconv^2 C multiply-adds.
 
     Args:
         dim: number of channels C.

@@ -68,6 +68,12 @@ class DynamicPositionBias(nn.Module):
 class LongShortDistanceAttention(WindowAttention, name="long_short_distance"):
     """CrossFormer's attention within groups of near tokens, or of tokens `interval` apart.
 
+        q, k, v = qkv(x);  out = proj(softmax(scale q k^T + bias) v)  within each group,
+
+    where bias = DynamicPositionBias(query - key), a small network on the offset. Cost for N tokens
+    in groups of G x G: 4 N C^2 + 2 N G^2 C multiply-adds; long distance groups have as many tokens
+    as the map has over `interval^2`.
+
     Where the shorter side of the map is at most `group_size`, it becomes the group size and groups
     are of near tokens. CrossFormer++ varies `group_size` and `interval` from block to block; its
     cooling layer is a part of the block, not of the attention.

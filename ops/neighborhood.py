@@ -159,6 +159,10 @@ _IMPLEMENTATIONS = {
 class NeighborhoodAttention(Mixer, name="neighborhood"):
     """Neighborhood attention with its projections, as in NAT and DiNAT.
 
+        q, k, v = qkv(x);  out = proj(softmax(scale q k^T + rpb) v)  over each token's neighborhood
+
+    Cost for N tokens: 4 N C^2 + 2 N kernel_size^2 C multiply-adds.
+
     A map smaller than `kernel_size * dilation` is padded with zeros at the bottom and right,
     before the projection, and cropped after: padded tokens are attended to, as in the official
     code.
@@ -278,11 +282,16 @@ class GlobalAttention(NeighborhoodAttention, name="global"):
     """Neighborhood attention whose window is the whole map: dense attention with relative bias.
 
     The mixer of the ViT-rpb baselines of the DiNAT paper (2209.15001, section 4). The bias table
-    is learned for maps of `map_size`; smaller maps use its middle, larger ones an interpolation.
+    is learned for maps of `map_size`; smaller maps use its middle, larger ones an interpolation:
+    out = proj(softmax(scale q k^T + rpb) v) over all tokens. Cost for N tokens: 4 N C^2 + 2 N^2 C
+    multiply-adds.
 
     Args:
         dim, num_heads, qkv_bias, qk_scale, proj_drop: as in `NeighborhoodAttention`.
         map_size: map that the bias table is made for, an int or (H, W).
+
+    Raises:
+        ValueError: `num_heads` does not divide `dim`, or `map_size` is below 1.
     """
 
     paper = "Dilated Neighborhood Attention Transformer (arXiv 2209.15001), ViT-rpb baseline"

@@ -65,8 +65,11 @@ class Layout(NamedTuple):
 class WindowAttention(Mixer, name="window"):
     """Attention within windows of the map, plain or shifted, with relative position bias (Swin).
 
-    Each head's scores get the bias of the offset between query and key. A map at most as long as
-    the window along a dimension is one window there, without shift and without padding.
+        q, k, v = qkv(x);  out = proj(softmax(scale q k^T + bias) v)  within each window,
+
+    with the bias of the offset between query and key, for each head. A map at most as long as the
+    window along a dimension is one window there, without shift and without padding. Cost for N
+    tokens: 4 N C^2 for the projections and 2 N w^2 C for windows of w x w, in multiply-adds.
 
     Args:
         dim: number of channels C.
@@ -253,13 +256,18 @@ class GridAttention(WindowAttention, name="grid"):
     """Attention among the `grid_size` tokens that lie evenly over the whole map (MaxViT's grid).
 
     A map of length L is dilated by `ceil(L / grid_size)`, so that every token sees the map from
-    border to border. A map at most as long as the grid is attended to as a whole.
+    border to border. A map at most as long as the grid is attended to as a whole. Equation and
+    cost are those of `WindowAttention`: out = proj(softmax(scale q k^T + bias) v) within each
+    window of g x g tokens, 4 N C^2 + 2 N g^2 C multiply-adds.
 
     Args:
         dim, num_heads: as in `WindowAttention`, like all the rest but the shift.
         grid_size: tokens of a grid, a number or one per dimension (H, W).
         padding: "zeros": the map is padded with zeros to a multiple of the grid, before the
             projection, and they are attended to. "mask": some grids have fewer tokens.
+
+    Raises:
+        ValueError: as in `WindowAttention`.
     """
 
     paper = "MaxViT (arXiv 2204.01697)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import pytest
@@ -31,6 +32,20 @@ def test_table() -> None:
         assert mixer.paper
         assert mixer.examples
         assert mixer.operator in OPERATORS
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_documentation(name: str) -> None:
+    """What a reader wants to know: the equation, what it costs, arguments, errors, the source."""
+    mixer = MIXERS[name]
+    text = inspect.getdoc(mixer)
+    assert "out = " in text or "output = " in text or "x = " in text or "score = " in text
+    for heading in ("Args:", "Raises:", "Cost"):
+        assert heading in text, heading
+    assert re.search(r"\d{4}\.\d{5}", mixer.paper), mixer.paper
+    missing = inspect.signature(mixer.__init__).parameters.keys() - {"self", "kwargs"}
+    missing -= {"device", "dtype", *re.findall(r"\w+", text)}
+    assert not missing, f"arguments that are not explained: {missing}"
 
 
 @pytest.mark.parametrize("size", MAPS, ids=str)

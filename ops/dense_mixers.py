@@ -253,6 +253,11 @@ class _Routed:
 class MixtureOfHeadAttention(_Routed, LengthScaledCosineAttention, name="mixture_of_head"):
     """Mixture-of-head attention of MoH-ViT: length-scaled cosine attention, heads by choice.
 
+        gate, active = router(x);  out = proj(gate_h attention_h(q, k, v) for every active head h)
+
+    Cost for N tokens that use a share s of the heads: 4 N C^2 for the projections and s 2 N^2 C of
+    the attention, in multiply-adds.
+
     Args:
         dim, num_heads, qkv_bias, pretrain_size, input_resolution, proj_drop: as in
             `LengthScaledCosineAttention`.
@@ -260,6 +265,9 @@ class MixtureOfHeadAttention(_Routed, LengthScaledCosineAttention, name="mixture
 
     Attributes:
         balance_loss: load-balance loss of the last forward in training, see `HeadRouter`.
+
+    Raises:
+        ValueError: numbers of heads do not fit.
     """
 
     paper = "MoH: Multi-Head Attention as Mixture-of-Head Attention (arXiv 2410.11842)"
@@ -276,6 +284,11 @@ class MixtureOfHeadDotProductAttention(
 ):
     """Mixture-of-head attention of MoH-DiT: multi-head attention, heads by choice.
 
+        gate, active = router(x);  out = proj(gate_h attention_h(q, k, v) for every active head h)
+
+    Cost for N tokens that use a share s of the heads: 4 N C^2 for the projections and s 2 N^2 C of
+    the attention, in multiply-adds.
+
     Args:
         dim, num_heads, num_heads_kv, head_dim, qkv_bias, qk_norm, norm_layer, proj_bias, is_causal,
             proj_drop: as in `MultiHeadAttention`.
@@ -283,6 +296,9 @@ class MixtureOfHeadDotProductAttention(
 
     Attributes:
         balance_loss: load-balance loss of the last forward in training, see `HeadRouter`.
+
+    Raises:
+        ValueError: numbers of heads do not fit.
     """
 
     paper = "MoH: Multi-Head Attention as Mixture-of-Head Attention (arXiv 2410.11842)"
@@ -324,7 +340,8 @@ class SingleHeadAttention(Mixer, name="single_head"):
         q, k, v = qkv(pre_norm(x_1));  out = proj(ReLU([attention(q, k, v), x_2]))
 
     `pre_norm` is a group normalisation with one group; `qkv` and `proj` are 1x1 convolutions with
-    batch normalisation. Parameters are named as in timm and the official code.
+    batch normalisation. Parameters are named as in timm and the official code. Cost for N tokens:
+    N (pdim (2 qk_dim + pdim) + C^2) + N^2 (qk_dim + pdim) multiply-adds.
 
     Args:
         dim: number of channels C.

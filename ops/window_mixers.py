@@ -256,9 +256,9 @@ class GridAttention(WindowAttention, name="grid"):
     """Attention among the `grid_size` tokens that lie evenly over the whole map (MaxViT's grid).
 
     A map of length L is dilated by `ceil(L / grid_size)`, so that every token sees the map from
-    border to border. A map at most as long as the grid is attended to as a whole. Equation and
-    cost are those of `WindowAttention`: out = proj(softmax(scale q k^T + bias) v) within each
-    window of g x g tokens, 4 N C^2 + 2 N g^2 C multiply-adds.
+    border to border. A map at most as long as the grid is attended to as a whole. As in
+    `WindowAttention`, out = proj(softmax(scale q k^T + bias) v), among g x g tokens. Cost for N
+    tokens: 4 N C^2 + 2 N g^2 C multiply-adds.
 
     Args:
         dim, num_heads: as in `WindowAttention`, like all the rest but the shift.

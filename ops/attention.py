@@ -211,7 +211,11 @@ def portable(
     on_cpu = query.device.type == "cpu"
     scores = query.shape[0] * query.shape[-2] * dense.tokens(query) * dense.tokens(key)
     learns_bias = training and bias is not None and bias.requires_grad
-    if not learns_bias and scores and dense.flash_serves(query, value, bias, None, is_causal):
+    if query.is_cuda:
+        serves = _cuda_serves(query, value, bias, training)
+    else:
+        serves = not learns_bias and dense.flash_serves(query, value, bias, None, is_causal)
+    if serves and scores:
         if bias is not None:  # only with four dimensions it does not take its slow path
             bias = bias.to(query.dtype) if bias.dim() == 4 else bias.to(query.dtype)[None]
         output = F.scaled_dot_product_attention(
@@ -336,9 +340,38 @@ def triton_refuses(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | 
     return dispatch.triton_refuses(query)
 
 
+def triton_preferred(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    training: bool,
+) -> bool:
+    """Whether the kernels are the automatic choice where they run."""
+    return not (query.is_cuda and _cuda_serves(query, value, bias, training))
+
+
+def _cuda_serves(query: Tensor, value: Tensor, bias: Tensor | None, training: bool) -> bool:
+    """Whether PyTorch has a kernel that is made for this call on the GPU.
+
+    Not in training: the gradients of its kernels differ between runs.
+    """
+    return (
+        not training
+        and bias is None
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] == value.shape[-1]
+        and query.shape[-1] % 8 == 0
+    )
+
+
+_FOUND = _OPERATION.implementations(reference=reference, plain=reference, refuses=triton_refuses)
 _IMPLEMENTATIONS = {
-    **_OPERATION.implementations(reference=reference, plain=reference, refuses=triton_refuses),
+    "reference": _FOUND["reference"],
     "torch": Implementation(portable),
+    "triton": Implementation(_FOUND["triton"].run, triton_refuses, triton_preferred),
 }
 
 

@@ -66,11 +66,13 @@ class Case:
 class Implementation:
     """One way to compute an operator: `run`, and `refuse`, which says why it cannot (or None).
 
-    Both take the arguments that the operator's public function has checked and normalised.
+    `preferred` says whether the automatic choice takes it where it could. All take the arguments
+    that the operator's public function has checked and normalised.
     """
 
     run: Callable[..., Any]
     refuse: Callable[..., str | None] = lambda *args, **kwargs: None
+    preferred: Callable[..., bool] = lambda *args, **kwargs: True
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ def choose(
     if name is None:
         if device.type in ("cuda", "meta") and not plain_aten():
             fused = implementations.get("triton")
-            if fused is not None and fused.refuse(*args) is None:
+            if fused is not None and fused.refuse(*args) is None and fused.preferred(*args):
                 return fused.run
         return implementations["torch"].run
     _check_backend(f"{operator}: backend", name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vitarium.ops import (
     OPERATORS,
@@ -220,6 +222,45 @@ def test_random_geometry(
     want = _run(function, tensors, is_causal=is_causal, backend="reference")
     for ours, theirs in zip(found, want, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.skipif(TRITON_INTERPRET, reason="not about kernels")
+@pytest.mark.parametrize(
+    ("dtype", "width", "bias", "grad", "expected"),
+    [
+        (torch.bfloat16, 32, False, False, "torch"),
+        (torch.bfloat16, 32, False, True, "triton"),
+        (torch.bfloat16, 32, True, False, "triton"),
+        (torch.bfloat16, 16, False, False, "triton"),
+        (torch.float32, 32, False, False, "triton"),
+        (torch.float64, 32, False, False, "torch"),
+    ],
+)
+def test_choice_on_a_gpu(
+    dtype: torch.dtype,
+    width: int,
+    bias: bool,
+    grad: bool,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernels, but for what PyTorch's own kernels are made for; on tensors without data."""
+    monkeypatch.setattr("vitarium.ops.dispatch.TRITON_INSTALLED", True)
+    ran = []
+    implementations = OPERATORS["attention"].implementations
+    for name in ("torch", "triton"):
+        changed = dataclasses.replace(
+            implementations[name], run=lambda query, *_, name=name: ran.append(name) or query
+        )
+        monkeypatch.setitem(implementations, name, changed)
+    with FakeTensorMode():
+        query, value = (
+            torch.empty(2, 9, 2, size, device="cuda", dtype=dtype).requires_grad_(grad)
+            for size in (32, width)
+        )
+        added = torch.empty(2, 9, 9, device="cuda", dtype=dtype) if bias else None
+        attention(query, query, value, bias=added)
+    assert ran == [expected]
 
 
 def test_bad_calls() -> None:

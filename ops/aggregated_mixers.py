@@ -14,7 +14,7 @@ from vitarium.ops import dispatch
 from vitarium.ops.aggregated import NAME, aggregated_attention
 from vitarium.ops.mixer import Mixer
 from vitarium.ops.mixture_of_head import HeadRouter
-from vitarium.ops.position import Size, continuous_position_bias, kept
+from vitarium.ops.position import Size, continuous_position_bias, kept, pooled_range
 
 TEMPERATURE = 1 / 0.24  # that training starts with
 # Numerator and denominator of a quotient that is log(1 + x), highest power first.
@@ -31,7 +31,7 @@ def _logarithm(x: Tensor) -> Tensor:
 
     That takes it by NumPy, which rounds a few (7, 37, 47) to the other neighbour of the truth.
     """
-    if x.device.type == "mps":  # has no float64
+    if dispatch.plain_aten() or x.device.type == "mps":  # no frexp in ONNX, no float64 there
         return x.float().log()
     mantissa, exponent = torch.frexp(x.double())
     small = mantissa <= math.sqrt(0.5)
@@ -57,6 +57,19 @@ def _length_scale(size: Size, pooled: int, window_size: int, device: torch.devic
     return _logarithm(seen[0][:, None] * seen[1] + pooled)[:, :, None, None]
 
 
+def _pool(x: Tensor, size: Size) -> Tensor:
+    """Adaptive average pooling of `(B, H, W, C)`."""
+    if not dispatch.plain_aten():
+        return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
+    averages = []  # by products with matrices, as ONNX pools to fixed sizes only
+    for queries, keys in zip(x.shape[1:3], size):
+        start, stop = (bound[:, None] for bound in pooled_range(queries, keys, x.device))
+        place = torch.arange(queries, device=x.device)
+        inside = (place >= start) & (place < stop)
+        averages.append(inside.to(x.dtype) / (stop - start).to(x.dtype))
+    return torch.einsum("bhwc,yh,xw->byxc", x, *averages)
+
+
 class AggregatedAttention(Mixer, name="aggregated"):
     """Aggregated attention with its projections, as in TransNeXt.
 
@@ -70,7 +83,9 @@ class AggregatedAttention(Mixer, name="aggregated"):
     pooled keys, and window weights `q learnable_tokens + learnable_bias`.
 
     The map is pooled to `(H // sr_ratio, W // sr_ratio)`, at least (1, 1). With `fixed_pool_size`
-    it is pooled to that size at any resolution (the paper's linear inference mode).
+    it is pooled to that size at any resolution (the paper's linear inference mode). Cost for N
+    tokens and M pooled ones: (4 N + 2 M) C^2 for the projections and `sr`, and 2 N C (M + 1.5
+    window_size^2) of the attention with its window weights, in multiply-adds.
 
     Args:
         dim: number of channels C.
@@ -188,8 +203,7 @@ class AggregatedAttention(Mixer, name="aggregated"):
         factor = F.softplus(self.temperature).squeeze(-1) * length_scale.to(query.dtype)
         query = (query + self.query_embedding.squeeze(1)) * factor
         key, value = self._key_value(x)
-        pooled = F.gelu(self.sr(x)).permute(0, 3, 1, 2)
-        pooled = F.adaptive_avg_pool2d(pooled, pooled_size).permute(0, 2, 3, 1).flatten(1, 2)
+        pooled = _pool(F.gelu(self.sr(x)), pooled_size).flatten(1, 2)
         pooled_key, pooled_value = self._key_value(self.norm(pooled))
         dtype = value.dtype
         return aggregated_attention(
@@ -239,7 +253,10 @@ class AggregatedAttention(Mixer, name="aggregated"):
 class AggregatedMixtureOfHeadAttention(AggregatedAttention, name="aggregated_mixture_of_head"):
     """Aggregated attention whose heads a router weighs for every token, as in MoH's TransNeXt.
 
-    The output of each head is multiplied with the weight that `HeadRouter` gives it. Heads that a
+        gate, _ = router(x);  out = proj(gate_h aggregated_attention_h(...) for every head h)
+
+    The output of each head is multiplied with the weight that `HeadRouter` gives it. Cost is that
+    of `AggregatedAttention` and N C (num_heads + 2) of the router. Heads that a
     token does not use are computed all the same: a window's places are taken for all tokens at
     once, which leaves nothing to skip one by one.
 

@@ -24,6 +24,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def _recorded() -> bool:
+    """True while a graph is made, of which sizes may be variables."""
+    return torch.compiler.is_compiling() or dispatch.plain_aten()
+
+
 def kept(make: Callable[P, T]) -> Callable[P, T]:
     """Decorator: tensors that follow from sizes and a device are made once, and not written to.
 
@@ -33,8 +38,7 @@ def kept(make: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(make)
     def get(*args: P.args, **kwargs: P.kwargs) -> T:
-        recorded = torch.compiler.is_compiling() or dispatch.plain_aten()
-        if recorded or type(torch.empty(0)) is not Tensor:
+        if _recorded() or type(torch.empty(0)) is not Tensor:
             return make(*args, **kwargs)
         with torch.inference_mode(False):  # or no later backward could use them
             return cached(*args, **kwargs)
@@ -42,26 +46,32 @@ def kept(make: Callable[P, T]) -> Callable[P, T]:
     return get
 
 
+def pooled_range(queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """First query that each key of adaptive average pooling stands for, and one past the last."""
+    key = torch.arange(keys, device=device)
+    return key * queries // keys, ((key + 1) * queries + keys - 1) // keys
+
+
 @kept
 def _axis(queries: int, keys: int, extent: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Index `(queries, keys)` of every pair's distance, and the log-spaced distances, float32."""
-    key = torch.arange(keys, device=device)
-    start, stop = key * queries // keys, -(-(key + 1) * queries // keys)
+    start, stop = pooled_range(queries, keys, device)
     # The centre of the queries that a key stands for lies on one of them or halfway to the next.
     # In halves of a step:
     distance = 2 * torch.arange(queries, device=device)[:, None] - (start + stop - 1)
-    reach = 2 * queries - 1 - -(-queries // keys)
-    if isinstance(queries, int) and queries % keys == 0:
-        found = torch.arange(-reach, reach + 1, 2, device=device)
-    elif isinstance(queries, int) and not torch.compiler.is_compiling():
+    reach = 2 * queries - 1 - (queries + keys - 1) // keys
+    fixed = isinstance(queries, int)
+    step = 2 if fixed and queries % keys == 0 else 1
+    found = torch.arange(-reach, reach + 1, step, device=device)
+    index = (distance + reach) // step
+    if step == 1 and fixed and not _recorded():  # not all of these occur
         centres = [j * queries // keys - -(j + 1) * queries // keys - 1 for j in range(keys)]
         met = {2 * query - centre for query in range(queries) for centre in centres}
         found = torch.tensor(sorted(met), device=device)
-    else:  # of a size that may vary: more than are met
-        found = torch.arange(-reach, reach + 1, device=device)
+        index = torch.searchsorted(found, distance)
     relative = found.float() / 2 / max(extent - 1, 1) * 8
     spaced = torch.sign(relative) * torch.log2(relative.abs() + 1) / math.log2(8)
-    return torch.searchsorted(found, distance), spaced
+    return index, spaced
 
 
 def relative_coordinates(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -298,6 +299,27 @@ def test_autocast() -> None:
     assert found.dtype == torch.bfloat16
     assert all(p.grad is not None and p.grad.isfinite().all() for p in mixer.parameters())
     torch.testing.assert_close(found.float(), mixer(x), rtol=0.1, atol=0.05)
+
+
+def test_onnx_at_any_size(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    mixer = mixer_of("aggregated_mixture_of_head", shared_head=1, routed_head=1).float().eval()
+    sizes = {
+        0: torch.export.Dim("batch", min=1, max=64),
+        1: torch.export.Dim("height", min=2, max=200),
+        2: torch.export.Dim("width", min=2, max=200),
+    }
+    path = str(tmp_path / "mixer.onnx")
+    x = torch.randn(2, 12, 14, 12)
+    torch.onnx.export(mixer, (x,), path, dynamo=True, dynamic_shapes=(sizes,), verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    name = session.get_inputs()[0].name
+    for size in ((2, 12, 14), (1, 9, 11), (3, 7, 7), (1, 3, 20)):  # divisible by 2 and not
+        x = torch.randn(*size, 12)
+        (found,) = session.run(None, {name: x.numpy()})
+        expected = mixer(x).detach()
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -123,13 +123,16 @@ class Additive:
 
         `total` is the gradient of the table of these heads.
         """
-        if total.shape[1] > FEW:
-            total.index_add_(1, self.patterns.which(band), grad.sum(0, dtype=total.dtype))
+        count = total.shape[1]
+        if count == 1:  # one sum over both would be slow
+            total[:, 0] += grad.sum(2, dtype=total.dtype).sum(0)
             return
-        # A product with zeros and ones: sums over tiles that do not lie side by side are slow.
+        grad = grad.sum(0, dtype=total.dtype)
+        if count > FEW:
+            total.index_add_(1, self.patterns.which(band), grad)
+            return
         members = self.patterns.members(band, grad.dtype).expand(len(total), -1, -1)
-        for image in grad.flatten(-2):
-            total += torch.bmm(members, image).view(total.shape)
+        total += torch.bmm(members, grad.flatten(-2)).view(total.shape)
 
     def grad_bias(self, grad: Tensor, bias: Tensor) -> Tensor:
         """The gradient of the bias from that of `table`, `(num_heads, patterns, queries, keys)`."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,14 +56,42 @@ def _portions(count: int, most: int) -> list[tuple[int, int]]:
     return [(first, min(first + step, count)) for first in range(0, count, step or 1)]
 
 
+class _Facts(NamedTuple):
+    """What follows from the axes of a plan.
+
+    Attributes:
+        classes, tile, halo: of every axis.
+        plain: whether a map is a grid of queries already, and the same for keys.
+        full: whether no position of a grid of queries, or of keys, is beyond the map.
+        overlaps: whether a key is in several tiles, so that its gradient is a sum.
+    """
+
+    classes: tuple[int, ...]
+    tile: tuple[int, ...]
+    halo: tuple[int, ...]
+    plain: tuple[bool, bool]
+    full: tuple[bool, bool]
+    overlaps: bool
+
+
+@functools.lru_cache(maxsize=256)
+def _facts(axes: tuple[Axis, ...]) -> _Facts:
+    return _Facts(
+        tuple(axis.classes for axis in axes),
+        tuple(axis.tile for axis in axes),
+        tuple(axis.halo for axis in axes),
+        (all(axis.is_grid(False) for axis in axes), all(axis.is_grid(True) for axis in axes)),
+        (all(axis.fills(False) for axis in axes), all(axis.fills(True) for axis in axes)),
+        any(axis.halo != axis.tile for axis in axes),
+    )
+
+
 class Plan:
     """How one call is cut up: bands of tiles of the first axis, and chunks of images and heads."""
 
     def __init__(self, query: Tensor, axes: Sequence[Axis], *, strips: bool = False) -> None:
         self.axes = axes = tuple(axes)
-        self.classes = tuple(axis.classes for axis in axes)
-        self.tile = tuple(axis.tile for axis in axes)
-        self.halo = tuple(axis.halo for axis in axes)
+        self.classes, self.tile, self.halo, self.plain, self.full, self.overlaps = _facts(axes)
         limit = CPU_CHUNK if query.device.type == "cpu" else DEVICE_CHUNK
         limit = limit * 4 // query.element_size()
         batch, num_heads = query.shape[0], query.shape[-2]
@@ -83,9 +113,6 @@ class Plan:
             for some_heads in _portions(num_heads, heads)
         ]
         self.work = Workspace(query)
-        # Where whole tiles fit, a map is a grid of queries already; the same for keys.
-        self.plain = tuple(all(axis.is_grid(keys) for axis in axes) for keys in (False, True))
-        self.full = tuple(all(axis.fills(keys) for axis in axes) for keys in (False, True))
         # Whether scores seem small enough to be exponentiated as they are. Knowing that takes a
         # look at the sums, for which a device would have to be waited for.
         self.bounded = query.device.type == "cpu"
@@ -93,8 +120,6 @@ class Plan:
         self.wide = torch.promote_types(query.dtype, torch.float32)
         self.factor = LOG2E if self.wide == query.dtype else 1.0
         self.dense = all(axis.classes == 1 and axis.tiles == 1 for axis in axes)
-        # Whether a key is in the tiles of several queries, so that its gradient is a sum of theirs.
-        self.overlaps = any(axis.halo != axis.tile for axis in axes)
         self._cleared: set[str] = set()
 
     def _scores_of_a_row(self) -> int:

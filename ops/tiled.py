@@ -12,8 +12,8 @@ from vitarium.ops.additive import Additive
 from vitarium.ops.plan import Plan
 from vitarium.ops.strips import attend_strips
 from vitarium.ops.tiles import Axis, PlainAxis
-from vitarium.ops.transfer import Reader, Writer
-from vitarium.ops.windows import Block, Pattern
+from vitarium.ops.transfer import Reader
+from vitarium.ops.windows import Pattern, Window
 from vitarium.ops.workspace import negative
 
 STRIPS_PAY = 1500  # tokens of a map from which strips are faster
@@ -27,15 +27,15 @@ def path(query: Tensor, value: Tensor, windows: Sequence[Pattern]) -> str:
     window attention and every backward, is batched matrix products on "tiles".
     """
     serves = (
-        not isinstance(windows[0], Block)
-        and query.device.type == "cpu"
+        query.device.type == "cpu"
         and query.dtype in (torch.float32, torch.float64)
         and value.shape[-1] == query.shape[-1]
         and query.shape[0] > 0
     )
     if not serves:
         return "tiles"
-    return "strips" if math.prod(query.shape[1:-2]) >= STRIPS_PAY else "dense"
+    large = math.prod(query.shape[1:-2]) >= STRIPS_PAY
+    return "strips" if large and isinstance(windows[0], Window) else "dense"
 
 
 def attend(
@@ -104,15 +104,15 @@ def _attend_tiles(
     """Batched products of copied halos."""
     for chunk in plan.chunks:
         reader = Reader(plan, chunk, query, key, value)
-        writer = Writer(plan, chunk, "output", output)
+        result = plan.results_of("output grid", chunk.of(output))
         for band in plan.bands:
             reader.load(band)
             q, k = reader.tiles(0, "query"), reader.tiles(1, "halos")
             weights, sums = plan.weights(q, k, additive, scale, chunk, band)
             v = reader.tiles(2, "halos")  # over the keys, which have served
-            tiles = writer.matrix("output", (*q.shape[:2], v.shape[2]), band)
-            writer.put(torch.bmm(weights, v, out=tiles), band, sums)
-        writer.finish()
+            tiles = torch.bmm(weights, v, out=plan.results("output", result, band))
+            plan.put_queries(tiles, result, band, sums)
+        plan.finish(result, chunk.of(output))
 
 
 def attend_backward(
@@ -144,9 +144,9 @@ def attend_backward(
         reader = Reader(plan, chunk, query, key, value)
         # Zero beyond the map, so that queries that do not exist send no gradient.
         grad_grid = plan.queries_of("grad grid", chunk.of(grad))
-        to_query = Writer(plan, chunk, "grad query", grad_query)
-        to_key = Writer(plan, chunk, "grad key", grad_key, keys=True)
-        to_value = Writer(plan, chunk, "grad value", grad_value, keys=True)
+        query_total = plan.results_of("query total", chunk.of(grad_query))
+        key_total = plan.sums_of("key total", chunk.of(grad_key))
+        value_total = plan.sums_of("value total", chunk.of(grad_value))
         for band in plan.bands:
             # Two buffers hold all halos in turn, so that they stay in cache.
             reader.load(band)
@@ -154,8 +154,8 @@ def attend_backward(
             g = plan.queries("grad", grad_grid, band)
             weights, sums = plan.weights(q, k, additive, scale, chunk, band)
             weights = weights if sums is None else weights.div_(sums)
-            halo = to_value.matrix("value", (*k.shape[:2], value.shape[-1]), band)
-            to_value.put(torch.bmm(weights.mT, g, out=halo), band)
+            halo = work.take("value", (*k.shape[:2], value.shape[-1]), dtype)
+            plan.add_keys(torch.bmm(weights.mT, g, out=halo), value_total, band)
             v = reader.tiles(2, "value")
             grad_scores = torch._softmax_backward_data(
                 torch.bmm(g, v.mT, out=work.take("grad weights", weights.shape, dtype)),
@@ -167,13 +167,15 @@ def attend_backward(
             if bias_needs_grad:
                 pairs = grad_scores.view(*chunk.pairs, -1, *weights.shape[1:])
                 additive.add_grad(grad_table[chunk.heads], pairs, band)
-            halo = to_key.matrix("value", k.shape, band)
-            to_key.put(torch.baddbmm(halo, grad_scores.mT, q, beta=0, alpha=scale, out=halo), band)
-            tiles = to_query.matrix("output", q.shape, band)
+            halo = work.take("value", k.shape, dtype)
+            torch.baddbmm(halo, grad_scores.mT, q, beta=0, alpha=scale, out=halo)
+            plan.add_keys(halo, key_total, band)
+            tiles = plan.results("output", query_total, band)
             torch.baddbmm(tiles, grad_scores, k, beta=0, alpha=scale, out=tiles)
-            to_query.put(tiles, band)
-        for writer in (to_query, to_key, to_value):
-            writer.finish()
+            plan.put_queries(tiles, query_total, band)
+        plan.finish(query_total, chunk.of(grad_query))
+        for total, target in ((key_total, grad_key), (value_total, grad_value)):
+            plan.finish(total, chunk.of(target), keys=True)
     work.close()
     if group > 1:
         grad_key = grad_key.unflatten(-2, (-1, group)).sum(-2)

@@ -24,6 +24,7 @@ class Workspace:
     """
 
     KEPT = 1 << 22  # bytes of the largest buffer that is kept
+    VIEWS = 1 << 10  # views of buffers that are kept
     _kept = threading.local()
 
     def __init__(self, like: Tensor) -> None:
@@ -33,7 +34,7 @@ class Workspace:
         # Tensors of inference mode may not be written to outside of it.
         key = f"buffers{torch.is_inference_mode_enabled()}"
         if like.device.type == "cpu":
-            self._buffers = self._kept.__dict__.setdefault(key, {})
+            self._buffers, self._views = self._kept.__dict__.setdefault(key, ({}, {}))
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor that holds whatever was left in it."""
@@ -49,7 +50,8 @@ class Workspace:
 
     def close(self) -> None:
         """Let go of large buffers."""
-        self._views.clear()
-        for key, buffer in list(self._buffers.items()):
-            if buffer.nbytes > self.KEPT:
-                del self._buffers[key]
+        large = [key for key, buffer in self._buffers.items() if buffer.nbytes > self.KEPT]
+        for key in large:
+            del self._buffers[key]
+        if large or len(self._views) > self.VIEWS:
+            self._views.clear()

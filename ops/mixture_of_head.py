@@ -300,7 +300,8 @@ class HeadRouter(nn.Module):
         if self.wg is not None:
             scores = self.wg(x).softmax(-1)
             chosen = scores.topk(self.routed_head, -1).indices
-            active = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)
+            ones = torch.ones_like(chosen, dtype=torch.bool)  # a number could not be traced
+            active = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, ones)
             if self.training:
                 self.balance_loss = self._balance_loss(scores, active)
             routed = scores * active

@@ -121,6 +121,8 @@ def _bias_arguments(bias: Tensor | None) -> dict[str, Any]:
     if bias is None:
         return {"bias": None, "bias_strides": (0, 0, 0, 0)}
     bias = bias if bias.dim() == 4 else bias[None]
+    if bias.stride(-1) != 1:  # neighbours are read together, by all images
+        bias = bias.contiguous()
     batch, head, token, key = bias.stride()
     shared = (0 if bias.shape[0] == 1 else batch, 0 if bias.shape[1] == 1 else head)
     return {"bias": bias, "bias_strides": (*shared, token, key)}
@@ -154,8 +156,8 @@ def _arguments(
 
 
 def _large(bias: Tensor | None, *tensors: Tensor) -> bool:
-    pairs = 0 if bias is None else bias.shape[-1] * bias.shape[-2]
-    return large(*tensors) or pairs >= 1 << 31
+    tables = [] if bias is None else [bias[0] if bias.dim() == 4 else bias]
+    return large(*tensors, *tables)
 
 
 def _flat(*tensors: Tensor | None) -> list[Tensor | None]:

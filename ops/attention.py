@@ -139,9 +139,10 @@ def _check_bias(name: str, bias: Any, query: Tensor, key: Tensor) -> None:
     shape = tuple(bias.shape)
     fits = len(shape) in (3, 4) and shape[-2:] == tokens and shape[-3] in (1, heads)
     if not fits or (len(shape) == 4 and shape[0] not in (1, batch)):
+        last = f"{heads} or 1, {tokens[0]}, {tokens[1]}"
         raise ValueError(
-            f"{name}: bias has shape {shape}; allowed are ({heads} or 1, *{tokens}) and "
-            f"({batch} or 1, {heads} or 1, *{tokens}), (batch, num_heads, queries, keys)"
+            f"{name}: bias has shape {shape}; allowed are ({last}) and ({batch} or 1, {last}), "
+            "(batch, num_heads, queries, keys)"
         )
 
 
@@ -157,6 +158,7 @@ def reference(
     scale: float,
     training: bool,
 ) -> Tensor:
+    """The definition, see `attend`."""
     return attend(query, key, value, bias, is_causal, scale, bias is not None)
 
 
@@ -169,7 +171,7 @@ def attend(
     scale: float,
     hides: bool,
 ) -> Tensor:
-    """The definition; `hides`: the bias may hide all keys of a query."""
+    """softmax(scale Q K^T + bias) V; `hides`: the bias may hide all keys of a query."""
     shape = query.shape
     heads = query.shape[-2]
     query, key, value = dense.flat(query), dense.flat(key), dense.flat(value)

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from vitarium.ops.kernels.common import (
     LOG2E,
+    channel_offsets,
     dot,
     exists,
     load_rows,
@@ -37,8 +38,7 @@ def map_offsets(
     base, offset = token_offsets(batch, head, position, (0, 0, 0), (1, 1, 1), strides, LARGE)
     base = tl.multiple_of(base, ALIGN)
     offset = tl.multiple_of(offset, ALIGN)
-    channel = tl.arange(0, BLOCK)
-    return base, offset[:, None] + channel[None, :] * strides[5]
+    return base, offset[:, None] + channel_offsets(strides, BLOCK, LARGE)
 
 
 @triton.jit

@@ -106,6 +106,15 @@ def token_offsets(batch, head, position, residue, dilation, strides, LARGE: tl.c
 
 
 @triton.jit
+def channel_offsets(strides, BLOCK: tl.constexpr, LARGE: tl.constexpr):
+    """Offsets of the channels of a head, a row; in maps with channels first they too are large."""
+    channel = tl.arange(0, BLOCK)
+    if LARGE:
+        channel = channel.to(tl.int64)
+    return channel[None, :] * strides[5]
+
+
+@triton.jit
 def load_rows(
     tensor, strides, batch, head, position, present, residue, dilation, other, LARGE: tl.constexpr
 ):
@@ -130,9 +139,8 @@ def load_tokens(
 ):  # fmt: skip
     """The vectors of tokens, (tokens, BLOCK); zero where `present` is false and beyond D."""
     base, offset = token_offsets(batch, head, position, residue, dilation, strides, LARGE)
-    channel = tl.arange(0, BLOCK)
-    mask = present[:, None] & (channel < D)[None, :]
-    source = tensor + base + (offset[:, None] + channel[None, :] * strides[5])
+    mask = present[:, None] & (tl.arange(0, BLOCK) < D)[None, :]
+    source = tensor + base + (offset[:, None] + channel_offsets(strides, BLOCK, LARGE))
     return tl.load(source, mask=mask, other=0.0)
 
 
@@ -143,7 +151,6 @@ def store_tokens(
 ):  # fmt: skip
     """Writes what `load_tokens` reads, in the tensor's dtype."""
     base, offset = token_offsets(batch, head, position, residue, dilation, strides, LARGE)
-    channel = tl.arange(0, BLOCK)
-    mask = present[:, None] & (channel < D)[None, :]
-    target = tensor + base + (offset[:, None] + channel[None, :] * strides[5])
+    mask = present[:, None] & (tl.arange(0, BLOCK) < D)[None, :]
+    target = tensor + base + (offset[:, None] + channel_offsets(strides, BLOCK, LARGE))
     tl.store(target, tokens.to(tensor.dtype.element_ty), mask=mask)

@@ -54,7 +54,8 @@ def widths(query: Tensor, value: Tensor) -> dict[str, Any]:
         # Matrix products of less than 16 do not exist.
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "BLOCK_VALUE_D": max(16, triton.next_power_of_2(value_dim)),
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        # Not `allow_tf32`: reading that raises once a program has set `fp32_precision`.
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         "UPCAST": TRITON_INTERPRET and query.dtype == torch.bfloat16,
     }
 

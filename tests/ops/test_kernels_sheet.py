@@ -62,3 +62,19 @@ def test_every_configuration_compiles_well(
 def test_every_operator_with_kernels_has_launches() -> None:
     for operator in OPERATORS.values():
         assert bool(operator.launches) == ("triton" in operator.implementations), operator.name
+
+
+def test_products_follow_fp32_precision() -> None:
+    """Also where a program sets it, after which PyTorch's older flag may not be read."""
+    pytest.importorskip("triton")
+    from vitarium.ops.kernels.launch import widths
+
+    query = torch.empty(1, 4, 1, 32)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for precision in ("tf32", "ieee"):
+            matmul.fp32_precision = precision
+            assert widths(query, query)["PRECISION"] == precision
+    finally:
+        matmul.fp32_precision = before

@@ -145,7 +145,7 @@ def attend(
             near = _window_weights(plan, weights, extra, band, window)
             for place in band.places:
                 result[place.queries].addcmul_(near[place.index][place.queries], v[place.keys])
-        if out is not output and out.data_ptr() != output[images].data_ptr():
+        if out.dtype != output.dtype:
             output[images].copy_(out)
     plan.work.close()
     return output
@@ -203,21 +203,9 @@ def attend_backward(
             near = _window_weights(plan, weights, extra, band, window)
             for place in band.places:
                 grad_v[place.keys].addcmul_(near[place.index][place.queries], g_band[place.queries])
-            near = _products(plan, g_band, v, band, window, 0.0)
+            grad_scores, near = _grad_scores(plan, weights, g_band, v, pooled_v, band, window)
             if grad_window is not None:
                 grad_window[images][band.rows].copy_(near.movedim(0, -1))
-            grad_weights = plan.take("grad weights", *weights.shape)
-            _window_view(grad_weights, near).copy_(near)
-            for image in range(len(weights)):
-                torch.bmm(
-                    pooled_v[image],
-                    _tokens(g_band[image]).mT,
-                    out=grad_weights[image, :, window:],
-                )
-            # The scores have served: their buffer takes their gradient.
-            grad_scores = torch._softmax_backward_data(
-                grad_weights, weights, 2, wide, grad_input=plan.take("scores", *weights.shape)
-            )
             first, last = (row * query.shape[2] for row in (band.first, band.last))
             grad_bias += grad_scores[:, :, :window].sum((0, 3))
             grad_pooled_bias[:, :, first:last] += grad_scores[:, :, window:].sum(0)
@@ -329,6 +317,28 @@ def _weights(
     for image in range(images):
         far[image].baddbmm_(pooled_key[image], _tokens(query[image]).mT, beta=beta)
     return torch.softmax(scores, 2, out=plan.take("weights", *scores.shape))
+
+
+def _grad_scores(
+    plan: Plan,
+    weights: Tensor,
+    grad: Tensor,
+    value: Tensor,
+    pooled_value: Tensor,
+    band: Band,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a band's scores, as they lie, and of the window's weights, as of `_products`."""
+    near = _products(plan, grad, value, band, window, 0.0)
+    grad_weights = plan.take("grad weights", *weights.shape)
+    _window_view(grad_weights, near).copy_(near)
+    for image in range(len(weights)):
+        out = grad_weights[image, :, window:]
+        torch.bmm(pooled_value[image], _tokens(grad[image]).mT, out=out)
+    # The scores have served: their buffer takes their gradient.
+    scores = plan.take("scores", *weights.shape)
+    torch._softmax_backward_data(grad_weights, weights, 2, plan.wide, grad_input=scores)
+    return scores, near
 
 
 def _window_weights(

@@ -18,7 +18,7 @@ from torch import Tensor
 from vitarium.ops.workspace import Workspace, negative
 
 # Scores of one chunk. On a CPU they should stay near the cache; elsewhere few launches are better.
-CPU_CHUNK = 1 << 19
+CPU_CHUNK = 1 << 20
 DEVICE_CHUNK = 1 << 26
 
 

@@ -56,7 +56,9 @@ def attention_weights(
     scores = dot(a, b, None, PRECISION, UPCAST) * (scale * LOG2E)
     if bias is not None:
         scores += relative_bias(bias, bias_strides, query, key, start, stop, rules) * LOG2E
-    return tl.exp2(mask_scores(scores, key, start, stop, ALIKE) - logsumexp)
+    else:
+        scores = mask_scores(scores, key, start, stop, ALIKE)
+    return tl.exp2(scores - logsumexp)
 
 
 @triton.jit

@@ -107,7 +107,8 @@ def forward_kernel(
             if bias is not None:
                 entries = relative_bias(bias, bias_strides, q_column, k_row, start, stop, rules)
                 scores = scores * before + entries * LOG2E
-            scores = mask_scores(scores, k_row, start, stop, ALIKE)
+            else:
+                scores = mask_scores(scores, k_row, start, stop, ALIKE)
             maximum, total, accumulator = softmax_step(
                 scores, v, maximum, total, accumulator, after, PRECISION, UPCAST
             )

@@ -207,7 +207,10 @@ def mask_scores(scores, key, start, stop, ALIKE: tl.constexpr):
 
 @triton.jit
 def relative_bias(bias, strides, query, key, start, stop, rules):
-    """Entries of one head's relative position bias table for pairs of query and key, in float32."""
+    """Entries of one head's relative position bias table for pairs of query and key, in float32.
+
+    Outside the window they are -inf, so that scores to which they are added need no other mask.
+    """
     # One difference for each pair: all else is done for each key or each query.
     key_offset = key[0] * strides[1] + key[1] * strides[2] + key[2] * strides[3]
     query_offset = (
@@ -216,4 +219,4 @@ def relative_bias(bias, strides, query, key, start, stop, rules):
         + (query[2] - axis_reach(rules[2])) * strides[3]
     )
     entries = bias + (key_offset - query_offset)
-    return tl.load(entries, mask=within(key, start, stop), other=0.0).to(tl.float32)
+    return tl.load(entries, mask=within(key, start, stop), other=float("-inf")).to(tl.float32)

@@ -15,10 +15,14 @@ from typing import ParamSpec, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vitarium.ops import dispatch
 
 Size = tuple[int, int]
+
+CPU_ROWS = 1024  # rows of a table whose hidden units stay in cache
+KEPT_ROWS = 1 << 14  # up to which training keeps the hidden units; of more it computes them again
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -108,6 +112,24 @@ def relative_coordinates(
     return index.flatten(2).flatten(0, 1), table
 
 
+def _two_layers(fc1: nn.Linear, fc2: nn.Linear, table: Tensor) -> Tensor:
+    """`fc2(relu(fc1(table)))`, a chunk at a time: there are far more hidden units than results."""
+
+    def network(rows: Tensor) -> Tensor:
+        return fc2(F.relu(fc1(rows)))
+
+    chunk = CPU_ROWS if table.device.type == "cpu" else KEPT_ROWS
+    if _recorded() or len(table) <= chunk:
+        return network(table)
+    if torch.is_grad_enabled() and len(table) > KEPT_ROWS:
+        chunks = (
+            checkpoint(network, rows, use_reentrant=False, preserve_rng_state=False)
+            for rows in table.split(chunk)
+        )
+        return torch.cat(list(chunks))
+    return torch.cat([network(rows) for rows in table.split(chunk)])
+
+
 def continuous_position_bias(
     fc1: nn.Linear,
     fc2: nn.Linear,
@@ -123,6 +145,6 @@ def continuous_position_bias(
         query_size, key_size, pretrain_size: as in `relative_coordinates`.
     """
     index, table = relative_coordinates(query_size, key_size, pretrain_size, fc1.weight.device)
-    entries = fc2(F.relu(fc1(table.to(fc1.weight.dtype))))
+    entries = _two_layers(fc1, fc2, table.to(fc1.weight.dtype))
     # A look-up whose derivative is a sum over rows, unlike that of indexing.
     return F.embedding(index, entries).permute(2, 0, 1)

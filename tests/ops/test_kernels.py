@@ -18,9 +18,10 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from vitarium.ops import neighborhood_attention  # noqa: E402
+from vitarium.ops import neighborhood_attention, window_attention  # noqa: E402
 from vitarium.ops.kernels import local as kernels  # noqa: E402
 from vitarium.ops.kernels.patterns import axis_inverse, axis_union  # noqa: E402
+from vitarium.ops.window import CASES as WINDOWS  # noqa: E402
 from vitarium.ops.windows import Block, Pattern, Window, axis_pattern  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -267,6 +268,40 @@ def test_walks_over_windows(window_size: int) -> None:
         for halo, border in ((0, 0), (1, 0), (1, 1), (4, 0), (4, 4)):
             for n in (1, 4, 5, 11):
                 _check_walks(Block(window_size, 1, shift, halo, border), n)
+
+
+@pytest.mark.parametrize(
+    ("note", "dtype"),
+    [
+        ("ragged windows, shifted", FLOAT16),
+        ("dilated halo with a border of keys", FLOAT32),
+        ("halo, masked", FLOAT16),
+    ],
+)
+def test_windows_amid_nan(note: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels read nothing beside the maps, and nothing that nobody wrote."""
+    case = next(case for case in WINDOWS if case.note == note)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randn(shape, generator=generator).to(DEVICE, dtype)
+        for name, shape in case.shapes.items()
+    }
+
+    def run(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = {
+            name: _fence(tensor.to(dtype)).requires_grad_() for name, tensor in tensors.items()
+        }
+        output = window_attention(**leaves, **case.kwargs, backend=backend)
+        grads = torch.autograd.grad(output.sum(), list(leaves.values()))
+        return [output.detach(), *grads]
+
+    with monkeypatch.context() as patch:
+        _poison(patch)
+        ours = run("triton", dtype)
+    for found, plain, exact in zip(ours, run("reference", dtype), run("reference", torch.float64)):
+        error = (found.double() - exact).abs().max().item()
+        allowed = 2 * (plain.double() - exact).abs().max().item()
+        assert error <= allowed + 4 * torch.finfo(FLOAT32).eps * max(1.0, exact.abs().max().item())
 
 
 def test_logsumexp() -> None:

@@ -19,6 +19,8 @@ import triton.language as tl
 from vitarium.ops.kernels.common import LOG2E, dot
 from vitarium.ops.kernels.dense_forward import (
     UNALIGNED,
+    hide,
+    key_range,
     list_length,
     listed_tokens,
     load_bias,
@@ -26,14 +28,14 @@ from vitarium.ops.kernels.dense_forward import (
     load_sequence,
     store_numbers,
     store_sequence,
-    visible,
 )
 
 
 @triton.jit
 def attention_weights(
     a, b, bias, bias_strides, logsumexp, batch, head, token, key, present, keys, scale,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    LARGE: tl.constexpr,
 ):  # fmt: skip
     """Softmax weights of a tile; its scores are the product of `a` and `b`, queries and keys."""
     scores = dot(a, b, None, PRECISION, UPCAST) * (scale * LOG2E)
@@ -41,8 +43,7 @@ def attention_weights(
         scores += load_bias(
             bias, bias_strides, batch, head, token, key, present & (key < keys), LARGE
         )
-    scores = tl.where(visible(token, key, keys, CAUSAL), scores, float("-inf"))
-    return tl.exp2(scores - logsumexp)
+    return tl.exp2(hide(scores, token, key, keys, CAUSAL, MASKED) - logsumexp)
 
 
 @triton.jit
@@ -68,6 +69,37 @@ def load_queries(
         row_gate = load_numbers(gate, gate_strides, batch, head, token, present, 0.0, LARGE)
         row_gate = row_gate.to(tl.float32)
     return q, grad, row_logsumexp, row_delta, row_gate
+
+
+@triton.jit
+def query_step(
+    start, q, grad, key, value, bias, gate, key_strides, value_strides, bias_strides,
+    batch, head, token, present, keys, scale, row_logsumexp, row_delta, row_gate,
+    accumulator, gate_accumulator,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of queries and of their gates, from one tile of keys."""
+    k_token = start + tl.arange(0, BLOCK_N)
+    k_exists = k_token < keys
+    k = load_sequence(key, key_strides, batch, head // GROUP, k_token, k_exists, D, BLOCK_D, LARGE)
+    v = load_sequence(
+        value, value_strides, batch, head // GROUP, k_token, k_exists,
+        VALUE_D, BLOCK_VALUE_D, LARGE,
+    )  # fmt: skip
+    weights = attention_weights(
+        q, tl.trans(k), bias, bias_strides, row_logsumexp[:, None], batch, head,
+        token[:, None], k_token[None, :], present[:, None], keys, scale,
+        CAUSAL, MASKED, PRECISION, UPCAST, LARGE,
+    )  # fmt: skip
+    grad_weights = dot(grad, tl.trans(v), None, PRECISION, UPCAST)
+    if gate is not None:
+        gate_accumulator += tl.sum(weights * grad_weights, 1)
+        grad_weights *= row_gate[:, None]
+    grad_scores = weights * (grad_weights - row_delta[:, None])
+    accumulator = dot(grad_scores.to(k.dtype), k, accumulator, PRECISION, UPCAST)
+    return accumulator, gate_accumulator
 
 
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)
@@ -111,30 +143,21 @@ def query_kernel(
             row_gate = g.to(tl.float32)
         accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         gate_accumulator = tl.zeros([BLOCK_M], tl.float32)
-        stop = keys
-        if CAUSAL:
-            stop = tl.minimum(keys, tl.max(token, 0) + 1)
-        for start in range(0, stop, BLOCK_N):
-            k_token = start + tl.arange(0, BLOCK_N)
-            k_exists = k_token < keys
-            k = load_sequence(
-                key, key_strides, batch, head // GROUP, k_token, k_exists, D, BLOCK_D, LARGE
-            )
-            v = load_sequence(
-                value, value_strides, batch, head // GROUP, k_token, k_exists,
-                VALUE_D, BLOCK_VALUE_D, LARGE,
+        whole, stop = key_range(token, present, keys, CAUSAL, BLOCK_N)
+        for start in range(0, whole, BLOCK_N):
+            accumulator, gate_accumulator = query_step(
+                start, q, grad, key, value, bias, gate, key_strides, value_strides, bias_strides,
+                batch, head, token, present, keys, scale, row_logsumexp, row_delta, row_gate,
+                accumulator, gate_accumulator, GROUP, CAUSAL, False, BLOCK_N,
+                D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, PRECISION, UPCAST, LARGE,
             )  # fmt: skip
-            weights = attention_weights(
-                q, tl.trans(k), bias, bias_strides, row_logsumexp[:, None], batch, head,
-                token[:, None], k_token[None, :], present[:, None], keys, scale,
-                CAUSAL, PRECISION, UPCAST, LARGE,
+        for start in range(whole, stop, BLOCK_N):
+            accumulator, gate_accumulator = query_step(
+                start, q, grad, key, value, bias, gate, key_strides, value_strides, bias_strides,
+                batch, head, token, present, keys, scale, row_logsumexp, row_delta, row_gate,
+                accumulator, gate_accumulator, GROUP, CAUSAL, True, BLOCK_N,
+                D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, PRECISION, UPCAST, LARGE,
             )  # fmt: skip
-            grad_weights = dot(grad, tl.trans(v), None, PRECISION, UPCAST)
-            if gate is not None:
-                gate_accumulator += tl.sum(weights * grad_weights, 1)
-                grad_weights *= row_gate[:, None]
-            grad_scores = weights * (grad_weights - row_delta[:, None])
-            accumulator = dot(grad_scores.to(k.dtype), k, accumulator, PRECISION, UPCAST)
         store_sequence(
             grad_query, grad_query_strides, batch, head, token, present, accumulator * scale,
             D, BLOCK_D, LARGE,
@@ -187,10 +210,11 @@ def key_value_kernel(
                 batch, head, token, present, D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE,
             )  # fmt: skip
             # Transposed, keys are rows, so that both products below take the weights as they are.
+            # Rows of keys that do not exist hold anything, and are not stored.
             weights = attention_weights(
                 k, tl.trans(q), bias, bias_strides, row_logsumexp[None, :], batch, head,
                 token[None, :], k_token[:, None], present[None, :], keys, scale,
-                CAUSAL, PRECISION, UPCAST, LARGE,
+                CAUSAL, CAUSAL, PRECISION, UPCAST, LARGE,
             )  # fmt: skip
             grad_weights = dot(v, tl.trans(grad), None, PRECISION, UPCAST)
             given = weights
@@ -255,7 +279,7 @@ def bias_kernel(
         weights = attention_weights(
             q, tl.trans(k), bias, bias_strides, row_logsumexp[:, None], batch, head,
             token[:, None], k_token[None, :], present[:, None], keys, scale,
-            CAUSAL, PRECISION, UPCAST, LARGE,
+            CAUSAL, CAUSAL, PRECISION, UPCAST, LARGE,
         )  # fmt: skip
         grad_weights = dot(grad, tl.trans(v), None, PRECISION, UPCAST)
         if gate is not None:

@@ -91,12 +91,52 @@ def load_bias(bias, strides, batch, head, token, key, present, LARGE: tl.constex
 
 
 @triton.jit
-def visible(token, key, keys, CAUSAL: tl.constexpr):
-    """Which of the keys exist and are seen by the tokens."""
-    seen = key < keys
+def hide(scores, token, key, keys, CAUSAL: tl.constexpr, MASKED: tl.constexpr):
+    """Scores, -inf for keys that do not exist or are not seen; MASKED false: there are none."""
+    if MASKED:
+        seen = key < keys
+        if CAUSAL:
+            seen = seen & (key <= token)
+        scores = tl.where(seen, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def key_range(token, present, keys, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Up to where all of the queries see every key, in whole tiles, and up to where one does."""
+    stop = keys
+    whole = keys
     if CAUSAL:
-        seen = seen & (key <= token)
-    return seen
+        stop = tl.minimum(keys, tl.max(token, 0) + 1)
+        whole = tl.minimum(keys, tl.min(tl.where(present, token, keys), 0) + 1)
+    return whole // BLOCK_N * BLOCK_N, stop
+
+
+@triton.jit
+def forward_step(
+    start, q, key, value, bias, key_strides, value_strides, bias_strides,
+    batch, head, token, present, keys, before, after, maximum, total, accumulator,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over one tile of keys."""
+    k_token = start + tl.arange(0, BLOCK_N)
+    k_exists = k_token < keys
+    k = load_sequence(key, key_strides, batch, head // GROUP, k_token, k_exists, D, BLOCK_D, LARGE)
+    v = load_sequence(
+        value, value_strides, batch, head // GROUP, k_token, k_exists,
+        VALUE_D, BLOCK_VALUE_D, LARGE,
+    )  # fmt: skip
+    scores = dot(q, tl.trans(k), None, PRECISION, UPCAST)
+    if bias is not None:
+        mask = present[:, None] & k_exists[None, :]
+        entries = load_bias(
+            bias, bias_strides, batch, head, token[:, None], k_token[None, :], mask, LARGE
+        )
+        scores = scores * before + entries
+    scores = hide(scores, token[:, None], k_token[None, :], keys, CAUSAL, MASKED)
+    return softmax_step(scores, v, maximum, total, accumulator, after, PRECISION, UPCAST)
 
 
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)
@@ -137,31 +177,21 @@ def forward_kernel(
         maximum = tl.full([BLOCK_M], -1e30, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         accumulator = tl.zeros([BLOCK_M, BLOCK_VALUE_D], tl.float32)
-        stop = keys
-        if CAUSAL:
-            stop = tl.minimum(keys, tl.max(token, 0) + 1)
-        for start in range(0, stop, BLOCK_N):
-            k_token = start + tl.arange(0, BLOCK_N)
-            k_exists = k_token < keys
-            k = load_sequence(
-                key, key_strides, batch, head // GROUP, k_token, k_exists, D, BLOCK_D, LARGE
-            )
-            v = load_sequence(
-                value, value_strides, batch, head // GROUP, k_token, k_exists,
-                VALUE_D, BLOCK_VALUE_D, LARGE,
+        whole, stop = key_range(token, present, keys, CAUSAL, BLOCK_N)
+        for start in range(0, whole, BLOCK_N):
+            maximum, total, accumulator = forward_step(
+                start, q, key, value, bias, key_strides, value_strides, bias_strides,
+                batch, head, token, present, keys, before, after, maximum, total, accumulator,
+                GROUP, CAUSAL, False, BLOCK_N, D, VALUE_D, BLOCK_D, BLOCK_VALUE_D,
+                PRECISION, UPCAST, LARGE,
             )  # fmt: skip
-            scores = dot(q, tl.trans(k), None, PRECISION, UPCAST)
-            if bias is not None:
-                mask = present[:, None] & k_exists[None, :]
-                entries = load_bias(
-                    bias, bias_strides, batch, head, token[:, None], k_token[None, :], mask, LARGE
-                )
-                scores = scores * before + entries
-            seen = visible(token[:, None], k_token[None, :], keys, CAUSAL)
-            scores = tl.where(seen, scores, float("-inf"))
-            maximum, total, accumulator = softmax_step(
-                scores, v, maximum, total, accumulator, after, PRECISION, UPCAST
-            )
+        for start in range(whole, stop, BLOCK_N):
+            maximum, total, accumulator = forward_step(
+                start, q, key, value, bias, key_strides, value_strides, bias_strides,
+                batch, head, token, present, keys, before, after, maximum, total, accumulator,
+                GROUP, CAUSAL, True, BLOCK_N, D, VALUE_D, BLOCK_D, BLOCK_VALUE_D,
+                PRECISION, UPCAST, LARGE,
+            )  # fmt: skip
         # A query that sees no key has output 0, and weights 0 in the backward.
         sees = total > 0
         factor = tl.where(sees, 1 / tl.where(sees, total, 1.0), 0.0)

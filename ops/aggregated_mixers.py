@@ -198,13 +198,21 @@ class AggregatedAttention(Mixer, name="aggregated"):
         key, value = self.kv(x).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
         return F.normalize(key, dim=-1), value
 
+    def _window_weights(self, query: Tensor) -> Tensor:
+        """Products with the learnable tokens, `(B, H, W, num_heads, window_size^2)`.
+
+        Tokens of the map come last in memory: products with so few columns as places are slow.
+        """
+        by_head = query.flatten(0, 2).permute(1, 2, 0)
+        weights = self.learnable_tokens.mT @ by_head + self.learnable_bias.mT
+        return weights.unflatten(-1, query.shape[:3]).permute(2, 3, 4, 0, 1)
+
     def _heads(self, x: Tensor) -> Tensor:
         """The outputs of all heads, `(B, H, W, num_heads, head_dim)`."""
         height, width = x.shape[1:3]
         pooled_size = self._pooled_size(height, width)
         query = F.normalize(self.q(x).unflatten(-1, (self.num_heads, -1)), dim=-1)
-        window_weights = torch.einsum("byxhd,hdk->byxhk", query, self.learnable_tokens)
-        window_weights = window_weights + self.learnable_bias.squeeze(1)
+        window_weights = self._window_weights(query)
         length_scale = _length_scale(
             (height, width), pooled_size[0] * pooled_size[1], self.window_size, x.device
         )

@@ -7,7 +7,7 @@ operations out of a pattern, one of those in `vitarium.ops.windows`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,15 @@ from torch import Tensor
 from vitarium.ops import dispatch
 from vitarium.ops.differentiable import Differentiable
 from vitarium.ops.tiled import attend, attend_backward, attend_plain, path
-from vitarium.ops.windows import Pattern, axis_pattern, pairs_seen, plain_axis, tiles_for
+from vitarium.ops.windows import (
+    Block,
+    Pattern,
+    Window,
+    axis_pattern,
+    pairs_seen,
+    plain_axis,
+    tiles_for,
+)
 
 
 def check_tensors(name: str, query: Tensor, key: Tensor, value: Tensor) -> int:
@@ -134,10 +142,10 @@ class LocalAttention:
 
     Args:
         name: of the operator.
-        pattern: what makes the pattern of an axis of its fields.
+        pattern: of an axis.
     """
 
-    def __init__(self, name: str, pattern: Callable[..., Pattern]) -> None:
+    def __init__(self, name: str, pattern: type[Window] | type[Block]) -> None:
         self._pattern = pattern
         # Lists of integers even for truth: torch.jit.trace cannot trace a list of bool.
         fields = ", ".join(f"int[] {field}" for field in pattern._fields)
@@ -153,7 +161,7 @@ class LocalAttention:
             backward_flops=self._backward_flops,
         )
         self.implementations = self.operation.implementations(
-            reference=self._reference, plain=self._plain, refuses=self._triton_refuses
+            reference=self._reference, plain=self._plain, refuses=dispatch.triton_refuses
         )
 
     def _windows(self, pattern: Sequence[Sequence[int]]) -> tuple[Pattern, ...]:
@@ -233,6 +241,3 @@ class LocalAttention:
     def _backward_flops(self, query: Any, key: Any, value: Any, bias: Any, *arguments: Any) -> int:
         """Three products over head_dim (scores again, query, key) and two over value_dim."""
         return 2 * self._pairs(query, arguments[:-1]) * (3 * query[-1] + 2 * value[-1])
-
-    def _triton_refuses(self, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
-        return dispatch.triton_refuses(query, head_dim=query.shape[-1], value_dim=value.shape[-1])

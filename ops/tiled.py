@@ -138,6 +138,7 @@ def attend_backward(
     grad_query = query.new_empty(query.shape)
     grad_key = key.new_empty(*key.shape[:-2], *heads, key.shape[-1])
     grad_value = value.new_empty(*value.shape[:-2], *heads, value.shape[-1])
+    grad_table = None
     if bias_needs_grad:
         grad_table = additive.table.new_zeros(additive.table.shape, dtype=plan.wide)
     for chunk in plan.chunks:
@@ -164,7 +165,7 @@ def attend_backward(
                 dtype,
                 grad_input=work.take("grad scores", weights.shape, dtype),
             )
-            if bias_needs_grad:
+            if grad_table is not None:
                 pairs = grad_scores.view(*chunk.pairs, -1, *weights.shape[1:])
                 additive.add_grad(grad_table[chunk.heads], pairs, band)
             halo = work.take("value", k.shape, dtype)
@@ -180,7 +181,7 @@ def attend_backward(
     if group > 1:
         grad_key = grad_key.unflatten(-2, (-1, group)).sum(-2)
         grad_value = grad_value.unflatten(-2, (-1, group)).sum(-2)
-    if bias_needs_grad:
+    if bias is not None and grad_table is not None:
         grad_bias = additive.grad_bias(grad_table, bias).to(bias.dtype)
     else:
         grad_bias = query.new_empty(0)

@@ -168,6 +168,7 @@ CASES = (
 def _launches() -> list[Case]:
     """Maps of every rank; in three dimensions, with everything, the call of most registers."""
     found = []
+    extra: dict[str, Any]
     for dim in (32, 64, 128, 256):
         for note, spatial, window_size, extra in (
             ("map", (56, 56), 7, {"shift": 3}),

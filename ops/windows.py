@@ -149,7 +149,7 @@ class Block(NamedTuple):
         w = self.window_size
         if w - self.lead >= n:  # all in the first window
             return {n}
-        return {w * count for count in range(1, max(2, 17 // w)) if w * count <= max(n, w)}
+        return {min(n, w * count) for count in range(1, max(2, 17 // w))}
 
     def plain_tile(self) -> tuple[int, int, int]:
         """A tile for any place and length: queries, keys before the first query, keys."""

@@ -307,12 +307,8 @@ _OPERATION = Differentiable(
 )
 
 
-def _triton_refuses(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
-    return dispatch.triton_refuses(query, head_dim=query.shape[-1], value_dim=value.shape[-1])
-
-
 _IMPLEMENTATIONS = _OPERATION.implementations(
-    reference=_reference, plain=_plain, refuses=_triton_refuses
+    reference=_reference, plain=_plain, refuses=dispatch.triton_refuses
 )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitarium.ops import dense, dispatch
 from vitarium.ops.dense_chunks import has_infinities
-from vitarium.ops.differentiable import Differentiable
+from vitarium.ops.dense_operation import dense_operation
 from vitarium.ops.dispatch import Case, Implementation, Operator
 
 NAME = "attention"
@@ -243,103 +243,7 @@ def training(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    training: bool,
-    fused: bool,
-) -> tuple[Tensor, Tensor]:
-    if fused:
-        from vitarium.ops.kernels import dense as kernels
-
-        return kernels.forward(query, key, value, bias, None, None, is_causal, scale)
-    return dense.forward(query, key, value, bias, None, is_causal, scale, training)
-
-
-def _backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    output: Tensor,
-    saved: Tensor,
-    is_causal: bool,
-    scale: float,
-    training: bool,
-    fused: bool,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    if fused:
-        from vitarium.ops.kernels import dense as kernels
-
-        *grads, _ = kernels.backward(
-            grad, query, key, value, bias, None, None, output, saved, is_causal, scale, needs[3]
-        )
-        return tuple(grads)
-    return dense.backward(
-        grad, query, key, value, bias, None, output, saved, is_causal, scale, training, needs[3]
-    )
-
-
-def _saved_shape(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    training: bool,
-    fused: bool,
-) -> tuple[int, ...]:
-    if fused:  # base-2 log-sum-exp
-        return tuple(query.shape[:-1])
-    return dense.saved_shape(query, key, value, bias, None, is_causal, training)
-
-
-def pairs(query: tuple[int, ...], key: tuple[int, ...], is_causal: bool) -> int:
-    """Pairs of query and key of one head of one image of which a score is needed."""
-    queries, keys = math.prod(query[1:-2]), math.prod(key[1:-2])
-    if not is_causal:
-        return queries * keys
-    triangle = min(queries, keys)
-    return triangle * (triangle + 1) // 2 + (queries - triangle) * keys
-
-
-def _flops(query, key, value, bias, is_causal, *_) -> int:
-    scores = query[0] * query[-2] * pairs(query, key, is_causal)
-    return 2 * scores * (query[-1] + value[-1])
-
-
-def _backward_flops(query, key, value, bias, is_causal, *_) -> int:
-    """Three products over head_dim (scores again, query, key) and two over value_dim."""
-    scores = query[0] * query[-2] * pairs(query, key, is_causal)
-    return 2 * scores * (3 * query[-1] + 2 * value[-1])
-
-
-_OPERATION = Differentiable(
-    NAME,
-    tensors="Tensor query, Tensor key, Tensor value, Tensor? bias",
-    arguments="bool is_causal, float scale, bool training",
-    forward=_forward,
-    backward=_backward,
-    output_shape=lambda query, key, value, *_: (*query.shape[:-1], value.shape[-1]),
-    saved_shape=_saved_shape,
-    flops=_flops,
-    backward_flops=_backward_flops,
-)
-
-
-def triton_refuses(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
-    """Why the kernels cannot run a call, or None."""
-    for name, size in (("head_dim", query.shape[-1]), ("value_dim", value.shape[-1])):
-        if size > 256:
-            return f"{name} {size} exceeds 256"
-    return dispatch.triton_refuses(query)
+_OPERATION = dense_operation(NAME, gated=False)
 
 
 def triton_preferred(
@@ -369,11 +273,13 @@ def _cuda_serves(query: Tensor, value: Tensor, bias: Tensor | None, training: bo
     )
 
 
-_FOUND = _OPERATION.implementations(reference=reference, plain=reference, refuses=triton_refuses)
+_FOUND = _OPERATION.implementations(
+    reference=reference, plain=reference, refuses=dispatch.triton_refuses
+)
 _IMPLEMENTATIONS = {
     "reference": _FOUND["reference"],
     "torch": Implementation(portable),
-    "triton": Implementation(_FOUND["triton"].run, triton_refuses, triton_preferred),
+    "triton": Implementation(_FOUND["triton"].run, dispatch.triton_refuses, triton_preferred),
 }
 
 

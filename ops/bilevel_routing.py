@@ -313,16 +313,8 @@ _OPERATION = Differentiable(
 MOST_WEIGHTED = 128  # entries of a row whose weights' gradients a kernel holds
 
 
-def _triton_refuses(
-    query: Tensor, key: Tensor, value: Tensor, weights: Tensor | None, routing: Tensor, *_: Any
-) -> str | None:
-    if weights is not None and routing.shape[-1] > MOST_WEIGHTED:
-        return f"topk {routing.shape[-1]} with weights exceeds {MOST_WEIGHTED}"
-    return dispatch.triton_refuses(query, head_dim=query.shape[-1], value_dim=value.shape[-1])
-
-
 _IMPLEMENTATIONS = _OPERATION.implementations(
-    reference=_reference, plain=_reference, refuses=_triton_refuses
+    reference=_reference, plain=_reference, refuses=dispatch.triton_refuses
 )
 
 

@@ -244,22 +244,19 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 256  # channels of a head that the kernels take
 
 
-def triton_refuses(tensor: Tensor, **widths: int) -> str | None:
-    """Why no Triton kernel can run on this tensor's device and dtype, or None.
-
-    `widths` are channels of heads by name, such as `head_dim=32`.
-    """
-    for name, width in widths.items():
+def triton_refuses(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
+    """Why no Triton kernel can run a call with these widths of heads, device and dtype, or None."""
+    for name, width in (("head_dim", query.shape[-1]), ("value_dim", value.shape[-1])):
         if width > WIDEST:
             return f"{name} {width} exceeds {WIDEST}"
-    if tensor.dtype not in TRITON_DTYPES:
-        return f"dtype {tensor.dtype} is not one of float32, float16, bfloat16"
-    if tensor.device.type == "meta":
+    if query.dtype not in TRITON_DTYPES:
+        return f"dtype {query.dtype} is not one of float32, float16, bfloat16"
+    if query.device.type == "meta":
         return None  # shapes only: nothing is launched
     if not TRITON_INSTALLED:
         return "triton is not installed (it exists for Linux only)"
-    if tensor.device.type != "cuda" and not TRITON_INTERPRET:
-        return f"it needs a CUDA tensor (or TRITON_INTERPRET=1), got one on {tensor.device.type!r}"
+    if query.device.type != "cuda" and not TRITON_INTERPRET:
+        return f"it needs a CUDA tensor (or TRITON_INTERPRET=1), got one on {query.device.type!r}"
     return None
 
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitarium.ops import dense, dispatch
-from vitarium.ops.attention import check, pairs, portable, reference, training, triton_refuses
-from vitarium.ops.differentiable import Differentiable
+from vitarium.ops.attention import check, portable, reference, training
+from vitarium.ops.dense_operation import dense_operation
 from vitarium.ops.dispatch import Case, Implementation, Operator
 
 NAME = "mixture_of_head_attention"
@@ -124,97 +124,12 @@ def _portable(
 # --- the custom operator -------------------------------------------------------------------------
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    active: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    training: bool,
-    fused: bool,
-) -> tuple[Tensor, Tensor]:
-    """The kernels apply the gate; the portable path leaves it to its caller."""
-    if fused:
-        from vitarium.ops.kernels import dense as kernels
-
-        return kernels.forward(query, key, value, bias, gate, active, is_causal, scale)
-    return dense.forward(query, key, value, bias, active, is_causal, scale, training)
-
-
-def _backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    active: Tensor | None,
-    output: Tensor,
-    saved: Tensor,
-    is_causal: bool,
-    scale: float,
-    training: bool,
-    fused: bool,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    if fused:
-        from vitarium.ops.kernels import dense as kernels
-
-        grads = kernels.backward(
-            grad, query, key, value, bias, gate, active, output, saved, is_causal, scale, needs[3]
-        )
-        return *grads, None
-    grads = dense.backward(
-        grad, query, key, value, bias, active, output, saved, is_causal, scale, training, needs[3]
-    )
-    return *grads, None, None
-
-
-def _saved_shape(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    active: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    training: bool,
-    fused: bool,
-) -> tuple[int, ...]:
-    if fused:  # base-2 log-sum-exp
-        return tuple(query.shape[:-1])
-    return dense.saved_shape(query, key, value, bias, active, is_causal, training)
-
-
-def _flops(query, key, value, bias, gate, active, is_causal, *_) -> int:
-    """Of all heads; how many are active is not in the shapes."""
-    scores = query[0] * query[-2] * pairs(query, key, is_causal)
-    return 2 * scores * (query[-1] + value[-1])
-
-
-def _backward_flops(query, key, value, bias, gate, active, is_causal, *_) -> int:
-    scores = query[0] * query[-2] * pairs(query, key, is_causal)
-    return 2 * scores * (3 * query[-1] + 2 * value[-1])
-
-
-_OPERATION = Differentiable(
-    NAME,
-    tensors="Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? gate, Tensor? active",
-    arguments="bool is_causal, float scale, bool training",
-    forward=_forward,
-    backward=_backward,
-    output_shape=lambda query, key, value, *_: (*query.shape[:-1], value.shape[-1]),
-    saved_shape=_saved_shape,
-    flops=_flops,
-    backward_flops=_backward_flops,
-)
+_OPERATION = dense_operation(NAME, gated=True)
 
 _IMPLEMENTATIONS = {
-    **_OPERATION.implementations(reference=_reference, plain=_reference, refuses=triton_refuses),
+    **_OPERATION.implementations(
+        reference=_reference, plain=_reference, refuses=dispatch.triton_refuses
+    ),
     "torch": Implementation(_portable),
 }
 

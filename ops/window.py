@@ -96,6 +96,11 @@ def _check(
     border = halo
     if spatial_kv == spatial:
         border = (0,) * rank
+        # From a dilation as long as the axis on every token is alone, and more classes are empty.
+        dilation = tuple(
+            min(d, n) if isinstance(d, int) and isinstance(n, int) and n else d
+            for d, n in zip(dilation, spatial)
+        )
     else:
         larger = tuple(n + 2 * h * d for n, h, d in zip(spatial, halo, dilation))
         if spatial_kv != larger:

@@ -403,3 +403,10 @@ def test_wrong_calls(arguments: dict[str, Any], error: type[Exception], message:
     call |= {"window_size": 4, **arguments}
     with pytest.raises(error, match=f"window_attention: .*{message}"):
         window_attention(**call)
+
+
+def test_a_dilation_beyond_the_map_leaves_every_token_alone() -> None:
+    query, key, value = torch.randn(3, 2, 5, 4, 1, 8, dtype=torch.float64).unbind(0)
+    for backend in ("reference", "torch"):
+        output = window_attention(query, key, value, 3, dilation=10**9, shift=1, backend=backend)
+        torch.testing.assert_close(output, value)

@@ -62,7 +62,7 @@ _SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
     },
     ("key_value", 4): {
         32: (32, 32, 4, 1, 255),
-        64: (32, 32, 8, 2, 255),
+        64: (32, 32, 8, 1, 255),
         128: (16, 16, 8, 1, 255),
         256: (16, 16, 8, 1, 255),
     },
@@ -88,7 +88,7 @@ def _config(
     sizes = _SIZES[kernel, query.element_size()]
     width = max(query.shape[-1], value.shape[-1])
     queries, keys, warps, stages, *registers = sizes[min(w for w in WIDTHS if w >= width)]
-    if bias is not None and kernel in ("forward", "query"):
+    if bias is not None and kernel != "bias":
         keys = max(16, keys // 2)  # a tile of bias takes as many registers as its scores
     return {
         "BLOCK_M": queries,

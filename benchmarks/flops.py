@@ -210,8 +210,15 @@ def _formulas() -> Mapping[str, Callable[..., int]]:
         _SDPA: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
         "aten::baddbmm": lambda _, a, b, *__, **___: 2 * math.prod(a) * b[-1],
         "aten::einsum": _einsum_flops,  # fvcore has one that rounds
+        "aten::matmul": _matmul_flops,  # and one that forgets what the second operand repeats
         **dispatch.FLOP_FORMULAS,
     }
+
+
+def _matmul_flops(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
+    """With broadcasting over all dimensions but the last two."""
+    columns = b[-1] if len(b) > 1 else 1
+    return 2 * math.prod(torch.broadcast_shapes(a[:-2], b[:-2])) * math.prod(a[-2:]) * columns
 
 
 def _einsum_flops(equation: str, shapes: Sequence[Sequence[int]], *_: Any, **__: Any) -> int:

@@ -56,13 +56,13 @@ _SIZES: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
         256: (16, 16, 8, 1),
     },
     ("key_value", 4): {
-        32: (64, 16, 4, 1),
+        32: (32, 16, 4, 1),
         64: (32, 16, 4, 1),
         128: (32, 16, 8, 1),
         256: (16, 16, 8, 1),
     },
     ("pooled", 2): {
-        32: (64, 64, 4, 2),
+        32: (32, 64, 4, 2),
         64: (32, 64, 4, 2),
         128: (32, 64, 8, 2),
         256: (32, 32, 8, 1),
@@ -74,7 +74,7 @@ _SIZES: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
         256: (16, 16, 4, 1),
     },
     ("pooled_bias", 2): {
-        32: (64, 32, 4, 2),
+        32: (32, 32, 4, 2),
         64: (64, 64, 4, 2),
         128: (64, 32, 8, 2),
         256: (16, 16, 4, 1),
@@ -94,7 +94,8 @@ def _config(kernel: str, query: Tensor, value: Tensor) -> tuple[int, int, dict[s
     head_dim = max(query.shape[-1], value.shape[-1])
     queries, keys, warps, stages = rows[min(d for d in rows if d >= head_dim)]
     options = {"num_warps": warps, "num_stages": stages}
-    if query.element_size() == 4:  # the assembler would spill a few for one more block
+    if head_dim > 32 or query.element_size() == 4:
+        # The assembler would else spill a few for one more block per multiprocessor.
         options["max_registers"] = 255
     return queries, keys, options
 

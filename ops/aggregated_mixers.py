@@ -288,6 +288,7 @@ class AggregatedMixtureOfHeadAttention(AggregatedAttention, name="aggregated_mix
     """
 
     paper = "MoH: Multi-Head Attention as Mixture-of-Head Attention (arXiv 2410.11842), TransNeXt"
+    routed = True
     official_names: ClassVar[Mapping[str, str | None]] = {r"(wg(?:_[01])?\.weight)": r"router.\1"}
     examples = (
         {"dim": 24, "num_heads": 4, "sr_ratio": 2, "shared_head": 1, "routed_head": 2},

@@ -76,6 +76,7 @@ class BiLevelRoutingAttention(Mixer, name="bilevel_routing"):
 
     paper = PAPER
     operator = NAME
+    routed = True
     official_names: ClassVar[Mapping[str, str | None]] = {
         r"qkv\.qkv\.(weight|bias)": r"qkv.\1",
         r"wo\.(weight|bias)": r"proj.\1",

@@ -226,6 +226,7 @@ class _Routed:
 
     operator = "mixture_of_head_attention"
     cross = False
+    routed = True
     official_names: ClassVar[Mapping[str, str | None]] = {
         r"(wg|wg_0|wg_1)\.weight": r"router.\1.weight"
     }

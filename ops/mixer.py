@@ -39,6 +39,7 @@ class Mixer(nn.Module):
         operator: name of the operator in `vitarium.ops.OPERATORS` that does the work.
         examples: constructor arguments that tests and tables try, each with a `dim`.
         cross: whether keys and values may come from a second map, `mix(x, context)`.
+        routed: whether tokens choose what they attend to, so that rounding can change the choice.
         no_weight_decay: names of parameters that weight decay must leave alone (bias tables).
         official_names: patterns of names in official state dicts, and what they are called here
             (None: not wanted). `load_state_dict` takes either; a 1x1 convolution's weight serves as
@@ -53,6 +54,7 @@ class Mixer(nn.Module):
     operator: ClassVar[str] = ""
     examples: ClassVar[Sequence[Mapping[str, Any]]] = ()
     cross: ClassVar[bool] = False
+    routed: ClassVar[bool] = False
     no_weight_decay: ClassVar[Sequence[str]] = ()
     official_names: ClassVar[Mapping[str, str | None]] = {}
 

@@ -80,7 +80,7 @@ def test_dtypes_devices_and_compile(name: str, example: dict[str, Any]) -> None:
     assert half.dtype == torch.bfloat16
     # A few places may differ more: where rounding decides what a token is routed to.
     near = (half.double() - expected).abs() <= 0.05 + 0.1 * expected.abs()
-    assert near.double().mean() > 0.97
+    assert near.double().mean() > (0.97 if mixer.routed else 0.999)
     assert _build(name, example, device="meta")(x.to("meta")).shape == x.shape
     torch._dynamo.reset()
     compiled = torch.compile(exact, fullgraph=True, backend="aot_eager")

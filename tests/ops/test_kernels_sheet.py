@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -10,18 +11,19 @@ import torch
 from vitarium.ops import OPERATORS, Case
 from vitarium.ops.dispatch import Operator
 from vitarium.ops.kernels.tiles import KERNELS, tiles
+from vitarium.ops.windows import Block, Window
 
-WINDOW = (7, 1, 1, False)
+PATTERNS = (Window(7, 1, 1, False), Block(7, 1, 3, 0, 0), Block(2, 1, 0, 3, 0))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("element_size", [2, 4])
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_tiles_fit_matrix_products(rank: int, element_size: int, kernel: str) -> None:
-    for head_dim in (1, 16, 33, 80, 129, 256):
+    for head_dim, pattern in itertools.product((1, 16, 33, 80, 129, 256), PATTERNS):
         for lengths in (None, (5,) * rank):
             config = tiles(
-                rank, head_dim, (WINDOW,) * rank,
+                rank, head_dim, (pattern,) * rank,
                 kernel=kernel, element_size=element_size, lengths=lengths,
             )  # fmt: skip
             for tile in (config.query, config.key):

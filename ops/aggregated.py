@@ -91,13 +91,9 @@ def aggregated_attention(
     ):
         if table is not None:
             _check_bias(name, table, expected, query.device)
-    factor: Any = query.shape[-1] ** -0.5 if scale is None else scale
-    if isinstance(factor, bool) or not isinstance(factor, (int, float, torch.SymFloat)):
-        raise TypeError(f"{NAME}: scale must be a number or None, got {type(scale).__name__}")
-    if not -math.inf < factor < math.inf:
-        raise ValueError(f"{NAME}: scale={scale} must be finite")
+    scale = dispatch.check_scale(NAME, scale, query)
     *qkv, weights = (*dispatch.autocast(*tensors.values()), None)[:6]
-    args = (*qkv, bias, pooled_bias, weights, window_size, float(factor))
+    args = (*qkv, bias, pooled_bias, weights, window_size, scale)
     return dispatch.choose(NAME, backend, _IMPLEMENTATIONS, query.device, *args)(*args)
 
 

@@ -85,13 +85,7 @@ def check(
         _check_bias(name, bias, query, key)
     if not isinstance(is_causal, bool):
         raise TypeError(f"{name}: is_causal must be True or False, got {is_causal!r}")
-    if scale is None:
-        return float(query.shape[-1] ** -0.5)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
-        raise TypeError(f"{name}: scale must be a number or None, got {type(scale).__name__}")
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"{name}: scale={scale} must be finite")
-    return float(scale)
+    return dispatch.check_scale(name, scale, query)
 
 
 def _complain(name: str, query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -68,12 +68,7 @@ def bilevel_routing_attention(
         TypeError: an argument is of the wrong type, or dtypes differ.
     """
     grid = _check(query, key, value, routing, n_win, weights)
-    if scale is None:
-        scale = float(query.shape[-1] ** -0.5)
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
-        raise TypeError(f"{NAME}: scale must be a number or None, got {type(scale).__name__}")
-    elif not -math.inf < scale < math.inf:
-        raise ValueError(f"{NAME}: scale={scale} must be finite")
+    scale = dispatch.check_scale(NAME, scale, query)
     training = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (query, key, value, weights)
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -295,6 +296,22 @@ def check_tensors(operator: str, **tensors: Tensor) -> None:
                 f"{operator}: {name} is on {tensor.device}, {first_name} on {first.device}; "
                 "they must agree"
             )
+
+
+def check_scale(name: str, scale: Any, query: Tensor) -> float:
+    """The factor on the scores, `head_dim ** -0.5` for None.
+
+    Raises:
+        ValueError: it is not finite.
+        TypeError: it is no number.
+    """
+    if scale is None:
+        return float(query.shape[-1] ** -0.5)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
+        raise TypeError(f"{name}: scale must be a number or None, got {type(scale).__name__}")
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"{name}: scale={scale} must be finite")
+    return float(scale)
 
 
 def per_dimension(

@@ -95,22 +95,6 @@ def check_bias(
         )
 
 
-def check_scale(name: str, scale: Any, query: Tensor) -> float:
-    """The factor on the scores, `head_dim ** -0.5` for None.
-
-    Raises:
-        ValueError: it is not finite.
-        TypeError: it is no number.
-    """
-    if scale is None:
-        return float(query.shape[-1] ** -0.5)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
-        raise TypeError(f"{name}: scale must be a number or None, got {type(scale).__name__}")
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"{name}: scale={scale} must be finite")
-    return float(scale)
-
-
 def _dense_pattern(
     spatial: tuple[int, ...],
     windows: Sequence[Pattern],

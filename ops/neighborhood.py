@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitarium.ops import dispatch
 from vitarium.ops.dispatch import Case, Implementation, Operator
-from vitarium.ops.local import LocalAttention, check_bias, check_scale, check_tensors
+from vitarium.ops.local import LocalAttention, check_bias, check_tensors
 from vitarium.ops.mixer import Mixer, qkv_heads
 from vitarium.ops.windows import Window
 
@@ -67,7 +67,7 @@ def neighborhood_attention(
     """
     windows = _check(query, key, value, kernel_size, stride, dilation, is_causal)
     check_bias(NAME, bias, query, windows, "2 * kernel_size - 1")
-    scale = check_scale(NAME, scale, query)
+    scale = dispatch.check_scale(NAME, scale, query)
     query, key, value = dispatch.autocast(query, key, value)
     args = (query, key, value, bias, *map(list, zip(*windows)), scale)
     return dispatch.choose(NAME, backend, _IMPLEMENTATIONS, query.device, *args)(*args)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitarium.ops import dispatch
 from vitarium.ops.dispatch import Case, Operator
-from vitarium.ops.local import LocalAttention, check_bias, check_scale, check_tensors
+from vitarium.ops.local import LocalAttention, check_bias, check_tensors
 from vitarium.ops.windows import Block
 
 NAME = "window_attention"
@@ -71,7 +71,7 @@ def window_attention(
     """
     windows = _check(query, key, value, window_size, dilation, shift, halo)
     check_bias(NAME, bias, query, windows, "2 * window_size - 1 + 2 * halo")
-    scale = check_scale(NAME, scale, query)
+    scale = dispatch.check_scale(NAME, scale, query)
     query, key, value = dispatch.autocast(query, key, value)
     args = (query, key, value, bias, *map(list, zip(*windows)), scale)
     return dispatch.choose(NAME, backend, _ATTENTION.implementations, query.device, *args)(*args)

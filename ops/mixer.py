@@ -127,6 +127,7 @@ class Mixer(nn.Module):
 
         Raises:
             ValueError: `query` lies outside of the map.
+            NotImplementedError: keys are pooled, and no positions of the map.
         """
         height, width = x.shape[1:3]
         row, column = query

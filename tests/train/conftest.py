@@ -51,6 +51,7 @@ def tiny_config(digit_folders: Path) -> TrainConfig:
         ema_decay=0.9,
         device="cpu",
         workers=0,
+        threads=1,  # in this process as in those of the command line: sums depend on it
         seed=3,
     )
 

@@ -118,14 +118,22 @@ class Additive:
             )
         return self._bands[alike]
 
+    def of(self, heads: slice, band: tuple[int, int]) -> Tensor | None:
+        """The same of some heads, or None if there is nothing to add."""
+        if not self.needed:
+            return None
+        table = self.band(band)
+        return table[heads] if table.shape[0] > 1 else table
+
     def add_grad(self, total: Tensor, grad: Tensor, band: tuple[int, int]) -> None:
         """Add up gradients of scores `(images, heads, tiles, queries, keys)` of a band.
 
         `total` is the gradient of the table of these heads.
         """
         count = total.shape[1]
-        if count == 1:  # one sum over both would be slow
-            total[:, 0] += grad.sum(2, dtype=total.dtype).sum(0)
+        if count == 1:  # one sum over both would be slow, and so is one over a single tile
+            grad = grad[:, :, 0] if grad.shape[2] == 1 else grad.sum(2, dtype=total.dtype)
+            total[:, 0] += grad.sum(0, dtype=total.dtype)
             return
         grad = grad.sum(0, dtype=total.dtype)
         if count > FEW:

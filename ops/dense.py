@@ -105,12 +105,24 @@ def saved_shape(
     active: Tensor | None,
     is_causal: bool,
     training: bool,
+    room: int = 0,
 ) -> tuple[int, ...]:
     """Shape of what `forward` returns for the backward, a float32 tensor."""
     chosen = way(query, key, value, bias, active, is_causal, training)
-    if chosen == "flash":  # natural log-sum-exp
-        return query.shape[0], tokens(query), query.shape[-2]
-    return (_kept_size(query, key) if chosen == "kept" else 0,)
+    if chosen == "flash":  # natural log-sum-exp `(B, tokens, heads)`
+        return (room + query.shape[0] * tokens(query) * query.shape[-2],)
+    return (room + (_kept_size(query, key) if chosen == "kept" else 0),)
+
+
+def output_room(query: Tensor, value: Tensor) -> int:
+    """Elements of float32 that hold the output bit for bit, and keep what follows aligned."""
+    count = math.prod(query.shape[:-1]) * value.shape[-1] * query.element_size()
+    return -(-count // 64) * 16
+
+
+def kept_output(saved: Tensor, output: Tensor) -> Tensor:
+    """Where `saved` has room for the output, a view."""
+    return saved.view(output.dtype)[: output.numel()].view(output.shape)
 
 
 def _kept_size(query: Tensor, key: Tensor) -> int:
@@ -131,6 +143,7 @@ def forward(
     is_causal: bool,
     scale: float,
     training: bool,
+    room: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Output `(B, *spatial, num_heads, value_dim)` and what the backward wants, see `saved_shape`.
 
@@ -138,19 +151,24 @@ def forward(
         query, key, value, bias, is_causal, scale: as `vitarium.ops.attention` takes them.
         active: None or bool `(B, *spatial, num_heads)`; where false, the output is 0.
         training: whether a backward may follow.
+        room: leading elements of what is saved that are the caller's.
     """
     chosen = way(query, key, value, bias, active, is_causal, training)
     shape = (*query.shape[:-1], value.shape[-1])
-    saved = query.new_empty(_kept_size(query, key) if chosen == "kept" else 0, dtype=torch.float32)
+    size = saved_shape(query, key, value, bias, active, is_causal, training, room)
+    saved = query.new_empty(size, dtype=torch.float32)
     if chosen == "nothing":
         return query.new_zeros(shape), saved
     work = Workspace(query)
     packing = _packing(active, bias, work)
     query, key, value = flat(query), flat(key), flat(value)
     if chosen == "flash":
-        output, saved = _forward_flash(query, key, value, bias, packing, is_causal, scale, work)
+        logsumexp = saved[room:].view(query.shape[0], query.shape[2], query.shape[1])
+        output = _forward_flash(
+            query, key, value, bias, packing, is_causal, scale, logsumexp, work
+        )
     else:
-        kept = kept_weights(saved, query, key, packing) if chosen == "kept" else None
+        kept = kept_weights(saved[room:], query, key, packing) if chosen == "kept" else None
         scores = Scores(bias, is_causal, scale, query)
         output = _forward_products(scores, query, key, value, packing, kept, work)
     work.close()
@@ -207,9 +225,10 @@ def _forward_flash(
     packing: Packing | None,
     is_causal: bool,
     scale: float,
+    logsumexp: Tensor,
     work: Workspace,
-) -> tuple[Tensor, Tensor]:
-    """Output `(B, tokens, heads, channels)` and log-sum-exp `(B, tokens, heads)`."""
+) -> Tensor:
+    """Output `(B, tokens, heads, channels)`; fills `logsumexp`, `(B, tokens, heads)`."""
     # The fused attention takes any strides for all dimensions but the last.
     heads, key, value = query.shape[1], _unit_stride(key), _unit_stride(value)
     bias = four_dimensions(bias, query.dtype)
@@ -220,9 +239,9 @@ def _forward_flash(
             repeat_heads(value, heads),
         )
         mask = None if bias is None else _unit_stride(bias)
-        found = _flash(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)
-        output, logsumexp = (tensor.transpose(1, 2).contiguous() for tensor in found)
-        return output, logsumexp
+        output, found = _flash(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)
+        logsumexp.copy_(found.transpose(1, 2))
+        return output.transpose(1, 2).contiguous()
     packed, group = packing.pack(query, "query"), heads // key.shape[1]
     key, value = contiguous(key, work, "key"), contiguous(value, work, "value")
     found = [
@@ -235,9 +254,11 @@ def _forward_flash(
         for chunk, _ in chunks(query, key, packing)
     ]
     if not found:
-        return _tokens(packed, packing), _tokens(packed[:, :1], packing)[..., 0]
-    output, logsumexp = (torch.cat(parts, 2) for parts in zip(*found))
-    return _tokens(output[0, 0], packing), _tokens(logsumexp.view(-1, 1), packing)[..., 0]
+        logsumexp.zero_()
+        return _tokens(packed, packing)
+    output, lengths = (torch.cat(parts, 2) for parts in zip(*found))
+    logsumexp.copy_(_tokens(lengths.view(-1, 1), packing)[..., 0])
+    return _tokens(output[0, 0], packing)
 
 
 def _forward_products(
@@ -288,7 +309,8 @@ def backward(
 
     Args:
         grad: gradient of the output.
-        output, saved: what `forward` returned; the other arguments are what it got.
+        output, saved: what `forward` returned, without the caller's elements; the other arguments
+            are what it got.
     """
     chosen = way(query, key, value, bias, active, is_causal, training)
     learned = bias if bias_needs_grad else None
@@ -303,8 +325,9 @@ def backward(
     operands = flat(query), flat(key), flat(value)
     grad_bias = None
     if chosen == "flash" and learned is None:
+        logsumexp = saved.view(query.shape[0], tokens(query), query.shape[-2])
         found = _backward_flash(
-            flat(grad), operands, bias, packing, flat(output), saved, is_causal, scale, work
+            flat(grad), operands, bias, packing, flat(output), logsumexp, is_causal, scale, work
         )
     else:
         scores = Scores(bias, is_causal, scale, query)
@@ -335,7 +358,7 @@ def _backward_flash(
     bias: Tensor | None,
     packing: Packing | None,
     output: Tensor,
-    saved: Tensor,
+    logsumexp: Tensor,
     is_causal: bool,
     scale: float,
     work: Workspace,
@@ -348,7 +371,7 @@ def _backward_flash(
         query, grad = _unit_stride(query), _unit_stride(grad)
         found = _flash_backward(
             *(grad, query, repeat_heads(key, heads), repeat_heads(value, heads)),
-            *(output, saved.transpose(1, 2), 0.0, is_causal),
+            *(output, logsumexp.transpose(1, 2), 0.0, is_causal),
             attn_mask=None if bias is None else _unit_stride(bias),
             scale=scale,
         )
@@ -358,7 +381,7 @@ def _backward_flash(
     key, value = contiguous(key, work, "key"), contiguous(value, work, "value")
     packed, grad = packing.pack(query, "query"), packing.pack(grad, "grad")
     output = packing.pack(output, "output")
-    logsumexp = packing.pack(saved.transpose(1, 2)[..., None], "logsumexp")[:, 0]
+    logsumexp = packing.pack(logsumexp.transpose(1, 2)[..., None], "logsumexp")[:, 0]
     grad_query = work.take("grad query", packed.shape, packed.dtype)
     grad_key, grad_value = (
         tensor.new_zeros((tensor.shape[0], heads, *tensor.shape[2:])) for tensor in (key, value)

@@ -18,8 +18,7 @@ def dense_operation(name: str, *, gated: bool) -> Differentiable:
     """The operator `vitarium::name`.
 
     Its tensors are query, key, value and bias or None and, if `gated`, gate and active or None; the
-    other arguments is_causal, scale, and whether a backward may follow. The kernels apply the gate,
-    the portable path leaves it to its caller.
+    other arguments is_causal, scale, and whether a backward may follow.
     """
     tensors = "Tensor query, Tensor key, Tensor value, Tensor? bias"
     if gated:
@@ -36,28 +35,43 @@ def dense_operation(name: str, *, gated: bool) -> Differentiable:
             from vitarium.ops.kernels import dense as kernels
 
             return kernels.forward(*operands, gate, active, is_causal, scale)
-        return dense.forward(*operands, active, is_causal, scale, training)
+        if gate is None:
+            return dense.forward(*operands, active, is_causal, scale, training)
+        room = dense.output_room(operands[0], operands[2]) if training else 0
+        output, saved = dense.forward(*operands, active, is_causal, scale, training, room)
+        if training:  # the gradient of the gate wants the output without it
+            dense.kept_output(saved, output).copy_(output)
+        return output.mul_(gate[..., None]), saved
 
     def backward(grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
         (*operands, gate, active), (output, saved, *rest) = split(args)
         is_causal, scale, training, fused, needs = rest
-        results = (output, saved, is_causal, scale)
         if fused:
             from vitarium.ops.kernels import dense as kernels
 
+            results = (output, saved, is_causal, scale)
             grads = kernels.backward(grad, *operands, gate, active, *results, needs[3])
-        else:
-            grads = dense.backward(grad, *operands, active, *results, training, needs[3])
-        return (*grads, None, None)[:count]  # the gate's of the kernels alone, none of active
+            return (*grads, None)[:count]  # none of active
+        grad_gate = None
+        if gate is not None:
+            output = dense.kept_output(saved, output)
+            saved = saved[dense.output_room(operands[0], operands[2]) :]
+            grad_gate = (grad * output).sum(-1) if needs[4] else None
+            grad = grad * gate[..., None]
+        results = (output, saved, is_causal, scale)
+        grads = dense.backward(grad, *operands, active, *results, training, needs[3])
+        return (*grads, grad_gate, None)[:count]
 
     def saved_shape(*args: Any) -> tuple[int, ...]:
-        (*operands, _, active), (is_causal, _, training, fused) = split(args)
+        (*operands, gate, active), (is_causal, _, training, fused) = split(args)
         if fused:  # base-2 log-sum-exp
             return tuple(operands[0].shape[:-1])
-        return dense.saved_shape(*operands, active, is_causal, training)
+        gated = gate is not None and training
+        room = dense.output_room(operands[0], operands[2]) if gated else 0
+        return dense.saved_shape(*operands, active, is_causal, training, room)
 
     def flops(query: Shape, key: Shape, value: Shape, *args: Any) -> int:
-        """Of all heads: how many are active is not in the shapes."""
+        """Of all heads at all queries: how many are active is not in the shapes."""
         return 2 * _scores(query, key, args[count - 3]) * (query[-1] + value[-1])
 
     def backward_flops(query: Shape, key: Shape, value: Shape, *args: Any) -> int:

@@ -32,12 +32,13 @@ class Differentiable:
             one is never None and gives the output its dtype and device. Tensors of integers or
             booleans have no gradient.
         arguments: schema of the others, such as "int[] kernel_size, float scale".
-        forward: `(*tensors, *arguments, fused)` to the output and one float32 tensor that the
-            backward wants, which may be empty.
+        forward: `(*tensors, *arguments, fused)` to the output and one tensor that the backward
+            wants, which may be empty.
         backward: `(grad, *tensors, output, saved, *arguments, fused, needs)` to one gradient per
             tensor, or None where `needs`, a sequence of booleans, is false.
         output_shape, saved_shape: `(*tensors, *arguments, fused)` to the shapes of what `forward`
             returns.
+        saved_dtype: likewise; float32 by default.
         flops, backward_flops: `(*tensors, *arguments)` to 2 x multiply-adds, tensors replaced by
             their shapes; the backward's includes what is computed again.
     """
@@ -52,6 +53,7 @@ class Differentiable:
         backward: Callable[..., Sequence[Tensor | None]],
         output_shape: Callable[..., Shape],
         saved_shape: Callable[..., Shape],
+        saved_dtype: Callable[..., torch.dtype] = lambda *args: torch.float32,
         flops: Callable[..., int],
         backward_flops: Callable[..., int],
     ) -> None:
@@ -60,6 +62,7 @@ class Differentiable:
         self.backward = backward
         self._output_shape = output_shape
         self._saved_shape = saved_shape
+        self._saved_dtype = saved_dtype
         self.count = count = len(_names(tensors))
         rest = f"{arguments}, bool fused"
         self._operator = torch.library.custom_op(
@@ -125,7 +128,7 @@ class Differentiable:
     def _fake(self, *args: Any) -> tuple[Tensor, Tensor]:
         like = args[0]
         output = like.new_empty(self._output_shape(*args))
-        return output, like.new_empty(self._saved_shape(*args), dtype=torch.float32)
+        return output, like.new_empty(self._saved_shape(*args), dtype=self._saved_dtype(*args))
 
     def _fake_backward(self, grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         tensors, needs = args[: self.count], args[-1]

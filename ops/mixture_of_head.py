@@ -38,6 +38,9 @@ def mixture_of_head_attention(
 ) -> Tensor:
     """Attention of every query to every key, the output of each head times a gate at each query.
 
+    Counters of floating-point operations see shapes only, and so count all heads at all queries;
+    what is computed is that times the share of `active`.
+
     Args:
         query, key, value, bias, is_causal, scale: as in `vitarium.ops.attention`.
         gate: `(B, *spatial, num_heads)`, factor on the output of each head at each query; of any
@@ -115,10 +118,8 @@ def _portable(
 ) -> Tensor:
     rest = (is_causal, scale, training)
     if active is None or dispatch.plain_aten() or not dense.packing_pays(query, key):
-        output = portable(query, key, value, bias, *rest)
-    else:
-        output = _OPERATION(query, key, value, bias, None, active, *rest, fused=False)
-    return _gated(output, gate, active)
+        return _gated(portable(query, key, value, bias, *rest), gate, active)
+    return _OPERATION(query, key, value, bias, gate, active, *rest, fused=False)
 
 
 # --- the custom operator -------------------------------------------------------------------------

@@ -148,7 +148,7 @@ def _natten_refuses(
 _ATTENTION = LocalAttention(NAME, Window)
 
 _IMPLEMENTATIONS = {
-    **_ATTENTION.implementations,
+    **_ATTENTION.backends,
     "natten": Implementation(_natten, _natten_refuses),
 }
 
@@ -386,5 +386,5 @@ def _launches() -> list[Case]:
 
 
 OPERATOR = Operator(
-    NAME, neighborhood_attention, _IMPLEMENTATIONS, CASES, _ATTENTION.operation, _launches()
+    NAME, neighborhood_attention, _IMPLEMENTATIONS, CASES, _ATTENTION, _launches()
 )

@@ -11,11 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vitarium.ops.additive import Additive
 from vitarium.ops.tiles import LEAD, Axis, fold, grid_view, map_views, tile_view
-from vitarium.ops.workspace import LOG2E, Workspace
-
-SUMS = 2.0**-80, 2.0**100  # a sum of weights between them has lost nothing, nor do its products
+from vitarium.ops.workspace import Workspace
 
 # Bytes of the scores of one chunk in float32. On a CPU they should stay near the second-level cache
 # (with half as many bytes an element, twice the bytes were best); elsewhere few large launches are
@@ -86,6 +83,36 @@ def _facts(axes: tuple[Axis, ...]) -> _Facts:
     )
 
 
+@functools.lru_cache(maxsize=1024)
+def _portioned(
+    sizes: tuple[int, int, int, int], axes: tuple[Axis, ...], limit: int, strips: bool
+) -> tuple[list[tuple[int, int]], list[Chunk]]:
+    """Bands and chunks whose scores take at most `limit` bytes, if possible.
+
+    `sizes` are batch, heads, channels of a head and bytes of an element.
+    """
+    batch, num_heads, channels, bytes_each = sizes
+    count = axes[0].tiles
+    # Several heads of an image together, if they fit: in memory they lie side by side.
+    if strips:  # no scores are stored: only the grids count
+        grid = math.prod(axis.classes * axis.keys for axis in axes) * channels * bytes_each
+        heads, images = min(num_heads, max(1, limit // grid)), 1
+        step = count
+    else:
+        tiles = math.prod(axis.classes for axis in axes)
+        tiles *= math.prod(axis.tiles for axis in axes[1:])
+        row = tiles * math.prod(axis.tile * axis.halo for axis in axes) * bytes_each
+        heads = min(num_heads, max(1, limit // row))
+        step = min(count, max(1, limit // (row * heads)))
+        images = max(1, limit // (row * heads * step))
+    chunks = [
+        Chunk(slice(*some_images), slice(*some_heads))
+        for some_images in _portions(batch, images)
+        for some_heads in _portions(num_heads, heads)
+    ]
+    return _portions(count, step), chunks
+
+
 class Plan:
     """How one call is cut up: bands of tiles of the first axis, and chunks of images and heads."""
 
@@ -94,39 +121,12 @@ class Plan:
         self.classes, self.tile, self.halo, self.plain, self.full, self.overlaps = _facts(axes)
         limit = CPU_CHUNK if query.device.type == "cpu" else DEVICE_CHUNK
         limit = limit * 4 // query.element_size()
-        batch, num_heads = query.shape[0], query.shape[-2]
-        count = axes[0].tiles
-        row = self._scores_of_a_row() * query.element_size()
-        # Several heads of an image together, if they fit: in memory they lie side by side.
-        if strips:  # no scores are stored: only the grids count
-            grid = math.prod(axis.classes * axis.keys for axis in axes) * query.shape[-1]
-            heads, images = min(num_heads, max(1, limit // (grid * query.element_size()))), 1
-            step = count
-        else:
-            heads = min(num_heads, max(1, limit // row))
-            step = min(count, max(1, limit // (row * heads)))
-            images = max(1, limit // (row * heads * step))
-        self.bands = _portions(count, step)
-        self.chunks = [
-            Chunk(slice(*some_images), slice(*some_heads))
-            for some_images in _portions(batch, images)
-            for some_heads in _portions(num_heads, heads)
-        ]
+        sizes = query.shape[0], *query.shape[-2:], query.element_size()
+        self.bands, self.chunks = _portioned(sizes, axes, limit, strips)
         self.work = Workspace(query)
-        # Whether scores seem small enough to be exponentiated as they are. Knowing that takes a
-        # look at the sums, for which a device would have to be waited for.
-        self.bounded = query.device.type == "cpu"
-        # Scores are exponents of two. In half precision they are made so once they are converted.
         self.wide = torch.promote_types(query.dtype, torch.float32)
-        self.factor = LOG2E if self.wide == query.dtype else 1.0
         self.dense = all(axis.classes == 1 and axis.tiles == 1 for axis in axes)
         self._cleared: set[str] = set()
-
-    def _scores_of_a_row(self) -> int:
-        """Scores of one row of tiles, of all classes, of one head."""
-        tiles = math.prod(axis.classes for axis in self.axes)
-        tiles *= math.prod(axis.tiles for axis in self.axes[1:])
-        return tiles * math.prod(self.tile) * math.prod(self.halo)
 
     def grid(self, name: str, x: Tensor, dtype: torch.dtype, *, keys: bool = False) -> Tensor:
         """A grid for the map `(images, heads, *spatial, channels)`, without its contents.
@@ -233,42 +233,44 @@ class Plan:
             fold(total, halos, axis, place, fresh=not last or len(self.bands) == 1)
             halos = total
 
-    def weights(
-        self,
-        query: Tensor,
-        key: Tensor,
-        additive: Additive,
-        scale: float,
-        chunk: Chunk,
-        band: tuple[int, int],
-    ) -> tuple[Tensor, Tensor | None]:
-        """Weights of tiles, and what is still to be divided by: their sums over keys, or None.
 
-        Powers of two take a quarter of the time of `torch.softmax`. They are taken of the scores
-        themselves, unless some sum comes near the ends of the range of float32; only then are
-        scores taken relative to the largest of their query. Weights in half precision are rounded
-        once, when they are divided.
-        """
-        shape = (query.shape[0], query.shape[1], key.shape[1])
-        scores = self.work.take("weights", shape, query.dtype)
-        if additive.needed:
-            table = additive.band(band)
-            table = table[chunk.heads] if table.shape[0] > 1 else table
-            scores.view(*chunk.pairs, -1, *shape[1:]).copy_(table)
-        scores.baddbmm_(query, key.mT, beta=1 if additive.needed else 0, alpha=scale * self.factor)
-        half, powers = self.wide != query.dtype, scores
-        if half:
-            powers = self.work.take("powers", shape, self.wide).copy_(scores).mul_(LOG2E)
-        if not self.bounded:
-            powers.sub_(powers.amax(-1, keepdim=True))
-        powers.exp2_()
-        sums = self.work.take("sums", (*shape[:2], 1), self.wide)
-        torch.sum(powers, -1, keepdim=True, out=sums)
-        if self.bounded:
-            least, largest = (float(sum) for sum in torch.aminmax(sums))
-            self.bounded = SUMS[0] < least and largest < SUMS[1]
-            if not self.bounded:
-                return self.weights(query, key, additive, scale, chunk, band)
-        if half:
-            return scores.copy_(powers.div_(sums)), None
-        return powers, sums
+class SingleTile(Plan):
+    """A plan for maps that are one tile each, which need no grids."""
+
+    def _grid_of(self, name: str, x: Tensor, *, keys: bool, fill: bool) -> Tensor:
+        return x.flatten(LEAD, -2)  # a view of results, which are contiguous
+
+    def sums_of(self, name: str, x: Tensor) -> Tensor:
+        return x.flatten(LEAD, -2)
+
+    def finish(self, grid: Tensor, x: Tensor, *, keys: bool = False) -> None:
+        pass
+
+    def queries(self, name: str, grid: Tensor, band: tuple[int, int]) -> Tensor:
+        return self._matrices(name, grid).view(-1, *grid.shape[LEAD:])
+
+    keys = queries
+
+    def results(self, name: str, grid: Tensor, band: tuple[int, int]) -> Tensor:
+        if not grid.is_contiguous():
+            grid = self.work.take(name, grid.shape, grid.dtype)
+        return grid.view(-1, *grid.shape[LEAD:])
+
+    def put_queries(
+        self, tiles: Tensor, grid: Tensor, band: tuple[int, int], sums: Tensor | None = None
+    ) -> None:
+        tiles = tiles.view(grid.shape)
+        if sums is not None:
+            torch.div(tiles, sums.view(*grid.shape[:-1], 1), out=grid)
+        elif tiles.data_ptr() != grid.data_ptr():
+            grid.copy_(tiles)
+
+    def add_keys(self, tiles: Tensor, grid: Tensor, band: tuple[int, int]) -> None:
+        self.put_queries(tiles, grid, band)
+
+
+def plan_for(query: Tensor, axes: Sequence[Axis]) -> Plan:
+    """The plan of a call on these axes."""
+    facts = _facts(tuple(axes))
+    one = all(axis.classes == axis.tiles == 1 for axis in axes)
+    return SingleTile(query, axes) if one and all(facts.plain) else Plan(query, axes)

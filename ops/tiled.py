@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vitarium.ops.additive import Additive
-from vitarium.ops.plan import Plan
+from vitarium.ops.plan import Plan, plan_for
+from vitarium.ops.softmax import Softmax
 from vitarium.ops.strips import attend_strips
 from vitarium.ops.tiles import Axis, PlainAxis
 from vitarium.ops.transfer import Reader
@@ -17,6 +18,34 @@ from vitarium.ops.windows import Pattern, Window
 from vitarium.ops.workspace import negative
 
 STRIPS_PAY = 1500  # tokens of a map from which strips are faster
+FEW_KEYS = 64  # of a tile: up to so many its weights are kept for the backward
+
+
+def saved_weights(query: Tensor, axes: Sequence[Axis]) -> int:
+    """How many weights the forward keeps for the backward: those of small windows, or none.
+
+    For windows of 7 x 7 they are about as large as query and key together.
+    """
+    pairs = math.prod(axis.tile * axis.halo for axis in axes)
+    if math.prod(axis.halo for axis in axes) > FEW_KEYS:
+        return 0
+    tiles = math.prod(axis.classes * axis.tiles for axis in axes)
+    return query.shape[0] * query.shape[-2] * tiles * pairs
+
+
+class _Kept:
+    """Kept weights, in the order in which forward and backward go through the tiles."""
+
+    def __init__(self, saved: Tensor) -> None:
+        self.saved = saved
+        self.used = 0
+
+    def take(self, shape: tuple[int, ...]) -> Tensor | None:
+        """The place of the next weights, or None where none are kept."""
+        if not len(self.saved):
+            return None
+        first, self.used = self.used, self.used + math.prod(shape)
+        return self.saved[first : self.used].view(shape)
 
 
 def path(query: Tensor, value: Tensor, windows: Sequence[Pattern]) -> str:
@@ -46,6 +75,7 @@ def attend(
     axes: Sequence[Axis],
     scale: float,
     way: str,
+    saved: Tensor,
 ) -> Tensor:
     """Attention of every token to the keys that the axes' patterns show it.
 
@@ -57,28 +87,27 @@ def attend(
         axes: the tiles of every spatial axis, chosen for the way.
         scale: factor on the scores.
         way: what `path` says.
+        saved: where the weights go, `saved_weights` of them, or nothing.
 
     Returns:
         `(B, *spatial, num_heads, value_dim)`.
     """
     if way == "strips":
         return attend_strips(query, key, value, bias, axes, scale)
-    plan = Plan(query, axes)
+    plan = plan_for(query, axes)
     if way == "dense" and plan.dense:
-        additive = Additive(axes, bias, query, plan.work)
-        output = _attend_dense(plan, additive, query, key, value, scale)
+        output = _attend_dense(plan, query, key, value, bias, scale)
     else:
-        additive = Additive(axes, bias, query, plan.work, factor=plan.factor)
-        output = query.new_empty(*query.shape[:-1], value.shape[-1])
-        _attend_tiles(plan, additive, query, key, value, output, scale)
+        output = _attend_tiles(plan, query, key, value, bias, scale, saved)
     plan.work.close()
     return output
 
 
 def _attend_dense(
-    plan: Plan, additive: Additive, query: Tensor, key: Tensor, value: Tensor, scale: float
+    plan: Plan, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
 ) -> Tensor:
     """One tile: the CPU's fused attention on the tensors as they are."""
+    additive = Additive(plan.axes, bias, query, plan.work)
     shape, group = query.shape, query.shape[-2] // key.shape[-2]
     tensors = (tensor.flatten(1, -3).transpose(1, 2) for tensor in (query, key, value))
     # It takes strides for all dimensions but the last.
@@ -94,25 +123,32 @@ def _attend_dense(
 
 def _attend_tiles(
     plan: Plan,
-    additive: Additive,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    output: Tensor,
+    bias: Tensor | None,
     scale: float,
-) -> None:
+    saved: Tensor,
+) -> Tensor:
     """Batched products of copied halos."""
+    softmax = Softmax(query, plan.work)
+    additive = Additive(plan.axes, bias, query, plan.work, factor=softmax.factor)
+    kept = _Kept(saved)
+    output = query.new_empty(*query.shape[:-1], value.shape[-1])
     for chunk in plan.chunks:
         reader = Reader(plan, chunk, query, key, value)
         result = plan.results_of("output grid", chunk.of(output))
         for band in plan.bands:
             reader.load(band)
             q, k = reader.tiles(0, "query"), reader.tiles(1, "halos")
-            weights, sums = plan.weights(q, k, additive, scale, chunk, band)
+            out = kept.take((*q.shape[:2], k.shape[1]))
+            table = additive.of(chunk.heads, band)
+            weights, sums = softmax.weights(q, k, scale, table, chunk.pairs, out)
             v = reader.tiles(2, "halos")  # over the keys, which have served
             tiles = torch.bmm(weights, v, out=plan.results("output", result, band))
             plan.put_queries(tiles, result, band, sums)
         plan.finish(result, chunk.of(output))
+    return output
 
 
 def attend_backward(
@@ -124,14 +160,17 @@ def attend_backward(
     axes: Sequence[Axis],
     scale: float,
     bias_needs_grad: bool,
+    saved: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and bias (empty where it needs none) of `attend`.
 
-    The weights are computed again, so that nothing larger than a chunk is ever stored. Sums over
-    tiles are kept in float32 at least.
+    Weights that `saved` does not hold are computed again, so that nothing larger than a chunk is
+    ever stored. Sums over tiles are kept in float32 at least.
     """
-    plan = Plan(query, axes)
-    additive = Additive(axes, bias, query, plan.work, factor=plan.factor)
+    plan = plan_for(query, axes)
+    softmax = Softmax(query, plan.work)
+    additive = Additive(axes, bias, query, plan.work, factor=softmax.factor)
+    kept = _Kept(saved)
     work, dtype = plan.work, query.dtype
     group = query.shape[-2] // key.shape[-2]
     heads = query.shape[-2:-1]
@@ -153,8 +192,11 @@ def attend_backward(
             reader.load(band)
             q, k = reader.tiles(0, "query"), reader.tiles(1, "key")
             g = plan.queries("grad", grad_grid, band)
-            weights, sums = plan.weights(q, k, additive, scale, chunk, band)
-            weights = weights if sums is None else weights.div_(sums)
+            weights = kept.take((*q.shape[:2], k.shape[1]))
+            if weights is None:
+                table = additive.of(chunk.heads, band)
+                weights, sums = softmax.weights(q, k, scale, table, chunk.pairs)
+                weights = weights if sums is None else weights.div_(sums)
             halo = work.take("value", (*k.shape[:2], value.shape[-1]), dtype)
             plan.add_keys(torch.bmm(weights.mT, g, out=halo), value_total, band)
             v = reader.tiles(2, "value")

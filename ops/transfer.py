@@ -11,7 +11,7 @@ import math
 
 from torch import Tensor
 
-from vitarium.ops.plan import Chunk, Plan
+from vitarium.ops.plan import Chunk, Plan, SingleTile
 from vitarium.ops.tiles import tile_view
 
 Band = tuple[int, int]
@@ -41,7 +41,8 @@ class Reader:
         self.plan = plan
         self.heads = query.shape[-2]
         tokens = None
-        if not plan.overlaps and chunk.pairs[1] == self.heads:
+        single = isinstance(plan, SingleTile)  # whose tokens lie in the order of a window
+        if not plan.overlaps and not single and chunk.pairs[1] == self.heads:
             tokens = joint(query, key, value)
         if tokens is None:
             group = self.heads // key.shape[-2]

@@ -74,7 +74,7 @@ def window_attention(
     scale = dispatch.check_scale(NAME, scale, query)
     query, key, value = dispatch.autocast(query, key, value)
     args = (query, key, value, bias, *map(list, zip(*windows)), scale)
-    return dispatch.choose(NAME, backend, _ATTENTION.implementations, query.device, *args)(*args)
+    return dispatch.choose(NAME, backend, _ATTENTION.backends, query.device, *args)(*args)
 
 
 def _check(
@@ -188,8 +188,8 @@ def _launches() -> list[Case]:
 OPERATOR = Operator(
     NAME,
     window_attention,
-    _ATTENTION.implementations,
+    _ATTENTION.backends,
     CASES,
-    _ATTENTION.operation,
+    _ATTENTION,
     _launches(),
 )

@@ -56,6 +56,18 @@ class Layout(NamedTuple):
         x = self._rolled(x, -1)
         return self._rolled(x[:, top : x.shape[1] - bottom, left : x.shape[2] - right], 1)
 
+    def cut(self, x: Tensor) -> Tensor:
+        """The windows `(B * windows, h, w, C)` of a padded map; windows must fill it unshifted."""
+        (rows, columns), (h, w), (i, j) = x.shape[1:3], self.window_size, self.dilation
+        x = x.unflatten(2, (columns // (w * j), w, j)).unflatten(1, (rows // (h * i), h, i))
+        return x.permute(0, 1, 3, 4, 6, 2, 5, 7).flatten(0, 4)
+
+    def joined(self, windows: Tensor, size: Pair) -> Tensor:
+        """The map `(B, *size, C)` that `cut` took apart."""
+        (rows, columns), (h, w), (i, j) = size, self.window_size, self.dilation
+        x = windows.unflatten(0, (-1, rows // (h * i), i, columns // (w * j), j))
+        return x.permute(0, 1, 5, 2, 3, 6, 4, 7).flatten(4, 6).flatten(1, 3)
+
     def _rolled(self, x: Tensor, sign: int) -> Tensor:
         if not any(self.roll):
             return x
@@ -214,21 +226,46 @@ class WindowAttention(Mixer, name="window"):
     def mix(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         check_context(self, x, context)
         layout = self.layout(*x.shape[1:3])
+        x, context = layout.pad(x), None if context is None else layout.pad(context)
+        windows, size = layout, pair(x.shape[1:3])
+        apart = self._cut_first(x, layout)
+        if apart:
+            x, context = layout.cut(x), None if context is None else layout.cut(context)
+            windows = Layout(layout.window_size)
         output = window_attention(
-            *self._project(x, context, layout),
-            layout.window_size,
-            dilation=layout.dilation,
-            shift=layout.shift,
-            bias=self.position_bias(layout.window_size),
+            *self._project(x, context, windows),
+            windows.window_size,
+            dilation=windows.dilation,
+            shift=windows.shift,
+            bias=self.position_bias(windows.window_size),
             scale=self.scale,
+        ).flatten(-2)
+        if apart:
+            output = layout.crop(layout.joined(self.proj(output), size))
+        else:
+            output = self.proj(layout.crop(output))
+        return self.proj_drop(output)
+
+    def _cut_first(self, x: Tensor, layout: Layout) -> bool:
+        """Whether to cut the map into windows before the projection, as maps of their own.
+
+        On a CPU that is the cheapest place: x is a third of query, key and value.
+        """
+        return (
+            x.device.type == "cpu"
+            and not any(layout.shift)
+            and not dispatch.plain_aten()  # which leaves sizes open
+            and not dispatch.is_recording()  # of calls on the whole map
+            and all(
+                length % (size * step) == 0
+                for length, size, step in zip(x.shape[1:3], layout.window_size, layout.dilation)
+            )
         )
-        return self.proj_drop(self.proj(layout.crop(output).flatten(-2)))
 
     def _project(
         self, x: Tensor, context: Tensor | None, layout: Layout
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of the padded map, `(B, H, W, num_heads, head_dim)` each."""
-        x, context = layout.pad(x), None if context is None else layout.pad(context)
         if not self.head_first:
             return qkv_heads(self.qkv, x, self.num_heads, context)
         projected = [self.qkv(x).unflatten(-1, (self.num_heads, 3, -1))] * 3

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -89,3 +90,31 @@ def map_strides(tensor: Tensor) -> tuple[int, ...]:
 def row_strides(tensor: Tensor) -> tuple[int, ...]:
     """Strides of `(B, *spatial, heads)` as (batch, z, y, x, head)."""
     return map_strides(tensor[..., None])[:-1]
+
+
+def diagonal_sums(sums: Tensor, first: Sequence[int], reach: Sequence[int]) -> Tensor:
+    """Sums of pairs of query and key over all pairs at equal distance.
+
+    Args:
+        sums: `(heads, queries, keys, queries, keys, ...)`, two dimensions for every axis.
+        first: of every axis, the place of the first key, counted from the first query.
+        reach: of every axis, the largest distance; other pairs must hold zero.
+
+    Returns:
+        `(heads, 2 * reach + 1, ...)`.
+    """
+    queries, keys = sums.shape[1::2], sums.shape[2::2]
+    # There are keys in reach of a query that no pair is of: they are added as zeros.
+    missing: list[int] = []
+    for axis, begin in enumerate(first):
+        end = queries[axis] + reach[axis]
+        missing = [max(0, reach[axis] + begin), max(0, end - begin - keys[axis]), 0, 0, *missing]
+    sums = F.pad(sums, missing) if any(missing) else sums
+    # Entry t of an axis is a diagonal, key - query = t - reach: one step along both dimensions.
+    shape, stride, start = [sums.shape[0]], [sums.stride(0)], 0
+    for axis, begin in enumerate(first):
+        key_stride = sums.stride(2 + 2 * axis)
+        shape += [queries[axis], 2 * reach[axis] + 1]
+        stride += [sums.stride(1 + 2 * axis) + key_stride, key_stride]
+        start += max(0, -begin - reach[axis]) * key_stride
+    return sums.as_strided(shape, stride, start).sum([1 + 2 * axis for axis in range(len(first))])

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vitarium.ops.kernels import local_backward, local_forward
+from vitarium.ops.kernels import window as whole_windows
 from vitarium.ops.kernels.launch import (
+    diagonal_sums,
     large,
     launch,
     map_strides,
@@ -152,6 +153,8 @@ def forward(
         The output `(B, *spatial, num_heads, value_dim)`, contiguous, and the base-2 log-sum-exp of
         the scores, `(B, *spatial, num_heads)`, float32.
     """
+    if query.numel() and whole_windows.fits("forward", query, key, value, windows):
+        return whole_windows.forward(query, key, value, bias, windows, scale)
     sign, scale = positive_scale(scale)
     if sign != 1:
         query = query * sign
@@ -201,6 +204,10 @@ def backward(
         grad_output: `(B, *spatial, num_heads, value_dim)`, any strides.
         output, logsumexp: what `forward` returned; the other arguments are what it got.
     """
+    if query.numel() and whole_windows.fits("backward", query, key, value, windows):
+        return whole_windows.backward(
+            grad_output, query, key, value, bias, logsumexp, windows, scale, bias_needs_grad
+        )
     sign, scale = positive_scale(scale)
     if sign != 1:
         query = query * sign
@@ -327,18 +334,5 @@ def _grad_bias(
     sums = partial_sums.sum(0).permute(0, 4, 1, 7, 5, 2, 8, 6, 3, 9)
     spans = [tiles * size for tiles, size in zip(key_tiles, key_tile)]
     sums = sums.reshape(heads, *(n for pair in zip(query_tile, spans) for n in pair))
-    # Entry t of the table collects key - query = t - reach: a diagonal, by one step in each. There
-    # are keys that no tile holds because no query in their row sees them.
-    missing = []
-    for window, q_size, begin, span in zip(axes, query_tile, first, spans):
-        end = q_size + window.reach
-        missing = [max(0, window.reach + begin), max(0, end - begin - span), 0, 0, *missing]
-    sums = F.pad(sums, missing) if any(missing) else sums
-    shape, stride, start = [heads], [sums.stride(0)], 0
-    for axis, (window, q_size, begin) in enumerate(zip(axes, query_tile, first)):
-        key_stride = sums.stride(2 + 2 * axis)
-        shape += [q_size, 2 * window.reach + 1]
-        stride += [sums.stride(1 + 2 * axis) + key_stride, key_stride]
-        start += max(0, -begin - window.reach) * key_stride
-    table = sums.as_strided(shape, stride, start).sum((1, 3, 5))
+    table = diagonal_sums(sums, first, [window.reach for window in axes])
     return table.reshape(bias.shape).to(bias.dtype)

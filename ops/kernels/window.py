@@ -1,0 +1,218 @@
+"""Launches the kernels of window attention for windows that fit one tile.
+
+`fits` says which calls these are; all others are those of `vitarium.ops.kernels.local`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from vitarium.ops.kernels import window_kernels
+from vitarium.ops.kernels.launch import diagonal_sums, large, launch, map_strides, widths
+from vitarium.ops.windows import Block, Pattern
+
+AXES = 2
+LARGEST_TILE = 64  # tokens
+# A program walks over as many windows as leave this many programs: enough for the multiprocessors,
+# few enough for the bias and the mask to be worth it. Constants, so that results do not depend on
+# a device.
+PROGRAMS = {"forward": 1024, "backward": 512}
+LONGEST_WALK = 32
+
+# (kernel, element size) -> by padded head_dim: num_warps, num_stages and max_registers for a tile
+# of 64 tokens; smaller ones have fewer warps. As in `tiles.py`, read off ahead-of-time compilation.
+_SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
+    ("forward", 2): {32: (4, 2), 64: (4, 2), 128: (4, 1)},
+    ("forward", 4): {32: (8, 1), 64: (8, 1)},
+    ("backward", 2): {32: (4, 1), 64: (8, 1)},
+    ("backward", 4): {32: (8, 1)},
+}
+
+
+def fits(
+    kernel: str, query: Tensor, key: Tensor, value: Tensor, windows: Sequence[Pattern]
+) -> bool:
+    """Whether the kernel, "forward" or "backward", can run this call."""
+    return (
+        len(windows) <= AXES
+        and all(isinstance(window, Block) and not window.halo for window in windows)
+        and math.prod(_tile(windows)) <= LARGEST_TILE
+        and max(query.shape[-1], value.shape[-1]) <= max(_SIZES[kernel, query.element_size()])
+        and (kernel == "forward" or query.shape[-2] == key.shape[-2])
+    )
+
+
+def _tile(windows: Sequence[Pattern]) -> tuple[int, int]:
+    """Powers of two that hold a window, at least the 16 tokens of a matrix product."""
+    y, x = (triton.next_power_of_2(size) for size in _two((w.window_size for w in windows), 1))
+    return y, max(x, 16 // y)
+
+
+def _two(values: Any, fill: Any) -> tuple[Any, Any]:
+    """`values` with an entry in front for the axis that a row lacks."""
+    values = tuple(values)
+    return (fill,) * (AXES - len(values)) + values
+
+
+def _axis(length: int, window: Block) -> tuple[int, int, int, int]:
+    """How the windows of an axis lie in all residue classes.
+
+    Returns:
+        Their number; number of the first that looks like those that follow, how many do, and by
+        how many positions the tokens before the axis are moved, 0 if they are not.
+    """
+    size, lead = window.window_size, window.lead
+    n = -(-length // window.dilation)
+    count = -(-(n + lead) // size)
+    last = n + lead - (count - 1) * size  # tokens in the last window
+    wrap = 0
+    if count > 1 and last <= lead:  # they fit before those of the first window
+        count -= 1
+        wrap = count * size
+    cut = not wrap and (last < size or length % window.dilation > 0)
+    first = min(count, int(lead > 0))
+    return count, first, count - first - int(cut and count > first), wrap
+
+
+@functools.lru_cache(maxsize=1024)
+def _geometry(
+    kernel: str, batch: int, heads: int, spatial: tuple[int, ...], windows: tuple[Block, ...]
+) -> tuple[int, dict[str, Any]]:
+    """Number of programs, and the arguments that follow from the sizes."""
+    axes = _two(windows, Block(1, 1, 0, 0, 0))
+    lengths = _two(spatial, 1)
+    (tiles_y, first_row, rows, wrap_y), (tiles_x, _, _, wrap_x) = map(_axis, lengths, axes)
+    columns = heads * tiles_x * axes[0].dilation * axes[1].dilation
+    steps = columns * tiles_y * batch // PROGRAMS[kernel]
+    steps = max(1, min(steps, LONGEST_WALK))
+    walks = triton.cdiv(batch * rows, steps) + (tiles_y - rows) * triton.cdiv(batch, steps)
+    return columns * walks, {
+        "images": batch,
+        "heads": heads,
+        "height": lengths[0],
+        "width": lengths[1],
+        "size_y": axes[0].window_size,
+        "size_x": axes[1].window_size,
+        "dilation_y": axes[0].dilation,
+        "dilation_x": axes[1].dilation,
+        "lead_y": axes[0].lead,
+        "lead_x": axes[1].lead,
+        "wrap_y": wrap_y,
+        "wrap_x": wrap_x,
+        "tiles_y": tiles_y,
+        "tiles_x": tiles_x,
+        "first_row": first_row,
+        "rows": rows,
+        "steps": steps,
+        "TILE": _tile(windows),
+    }
+
+
+def _arguments(
+    kernel: str, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, windows: Any
+) -> tuple[int, dict[str, Any]]:
+    """Number of programs, and the arguments and options that both kernels have."""
+    programs, geometry = _geometry(
+        kernel, query.shape[0], query.shape[-2], tuple(query.shape[1:-2]), tuple(windows)
+    )
+    sizes = _SIZES[kernel, query.element_size()]
+    head_dim = max(query.shape[-1], value.shape[-1])
+    warps, stages, *registers = sizes[min(dim for dim in sizes if dim >= head_dim)]
+    bias_strides = (0,) * (1 + AXES)
+    if bias is not None:
+        bias_strides = (bias.stride(0), *_two(bias.stride()[1:], 0))
+    return programs, {
+        "query": query,
+        "key": key,
+        "value": value,
+        "bias": bias,
+        "query_strides": map_strides(query),
+        "key_strides": map_strides(key),
+        "value_strides": map_strides(value),
+        "bias_strides": bias_strides,
+        "num_warps": max(1, warps * math.prod(geometry["TILE"]) // LARGEST_TILE),
+        "num_stages": stages,
+        "max_registers": registers[0] if registers else None,
+        **geometry,
+        **widths(query, value),
+    }
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    windows: Sequence[Pattern],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """What `vitarium.ops.kernels.local.forward` computes, of tensors that are not empty."""
+    output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    programs, arguments = _arguments("forward", query, key, value, bias, windows)
+    launch(
+        window_kernels.forward_kernel,
+        programs,
+        query.device,
+        output=output,
+        logsumexp=logsumexp,
+        scale=scale,
+        GROUP=query.shape[-2] // key.shape[-2],
+        LARGE=large(query, key, value, output),
+        **arguments,
+    )
+    return output, logsumexp
+
+
+def backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    logsumexp: Tensor,
+    windows: Sequence[Pattern],
+    scale: float,
+    bias_needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `vitarium.ops.kernels.local.backward` computes, of tensors that are not empty."""
+    grads = [tensor.new_empty(tensor.shape) for tensor in (query, key, value)]
+    programs, arguments = _arguments("backward", query, key, value, bias, windows)
+    partial_sums = None
+    if bias is not None and bias_needs_grad:
+        tokens = math.prod(arguments["TILE"])
+        partial_sums = query.new_empty((programs, tokens, tokens), dtype=torch.float32)
+    launch(
+        window_kernels.backward_kernel,
+        programs,
+        query.device,
+        logsumexp=logsumexp,
+        grad_output=grad_output,
+        grad_query=grads[0],
+        grad_key=grads[1],
+        grad_value=grads[2],
+        partial_sums=partial_sums,
+        grad_output_strides=map_strides(grad_output),
+        scale=scale,
+        LARGE=large(query, key, value, grad_output, *grads),
+        **arguments,
+    )
+    if partial_sums is None:
+        return *grads, query.new_empty(0)
+    return *grads, _grad_bias(partial_sums, bias, windows)
+
+
+def _grad_bias(partial_sums: Tensor, bias: Tensor, windows: Sequence[Pattern]) -> Tensor:
+    """The gradient of the table from that of the score of every pair in a window, by program."""
+    heads, (height, width) = bias.shape[0], _tile(windows)
+    sums = partial_sums.unflatten(0, (-1, heads)).sum(0)
+    sums = sums.view(heads, height, width, height, width).transpose(2, 3).contiguous()
+    table = diagonal_sums(sums, (0, 0), _two((window.reach for window in windows), 0))
+    return table.reshape(bias.shape).to(bias.dtype)

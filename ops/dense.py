@@ -164,9 +164,7 @@ def forward(
     query, key, value = flat(query), flat(key), flat(value)
     if chosen == "flash":
         logsumexp = saved[room:].view(query.shape[0], query.shape[2], query.shape[1])
-        output = _forward_flash(
-            query, key, value, bias, packing, is_causal, scale, logsumexp, work
-        )
+        output = _forward_flash(query, key, value, bias, packing, is_causal, scale, logsumexp, work)
     else:
         kept = kept_weights(saved[room:], query, key, packing) if chosen == "kept" else None
         scores = Scores(bias, is_causal, scale, query)

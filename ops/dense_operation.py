@@ -41,7 +41,7 @@ def dense_operation(name: str, *, gated: bool) -> Differentiable:
         output, saved = dense.forward(*operands, active, is_causal, scale, training, room)
         if training:  # the gradient of the gate wants the output without it
             dense.kept_output(saved, output).copy_(output)
-        return output.mul_(gate[..., None]), saved
+        return output.mul_(shown(gate, active)[..., None]), saved
 
     def backward(grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
         (*operands, gate, active), (output, saved, *rest) = split(args)
@@ -56,8 +56,8 @@ def dense_operation(name: str, *, gated: bool) -> Differentiable:
         if gate is not None:
             output = dense.kept_output(saved, output)
             saved = saved[dense.output_room(operands[0], operands[2]) :]
-            grad_gate = (grad * output).sum(-1) if needs[4] else None
-            grad = grad * gate[..., None]
+            grad_gate = shown((grad * output).sum(-1), active) if needs[4] else None
+            grad = grad * shown(gate, active)[..., None]
         results = (output, saved, is_causal, scale)
         grads = dense.backward(grad, *operands, active, *results, training, needs[3])
         return (*grads, grad_gate, None)[:count]
@@ -89,6 +89,11 @@ def dense_operation(name: str, *, gated: bool) -> Differentiable:
         flops=flops,
         backward_flops=backward_flops,
     )
+
+
+def shown(gate: Tensor, active: Tensor | None) -> Tensor:
+    """The gate, or its gradient, with 0 where a head skips a query, whatever it is there."""
+    return gate if active is None else gate.masked_fill(~active, 0)
 
 
 def _scores(query: Shape, key: Shape, is_causal: bool) -> int:

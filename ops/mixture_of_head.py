@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vitarium.ops import dense, dispatch
 from vitarium.ops.attention import check, portable, reference, training
-from vitarium.ops.dense_operation import dense_operation
+from vitarium.ops.dense_operation import dense_operation, shown
 from vitarium.ops.dispatch import Case, Implementation, Operator
 
 NAME = "mixture_of_head_attention"
@@ -81,12 +81,6 @@ def mixture_of_head_attention(
     return dispatch.choose(NAME, backend, _IMPLEMENTATIONS, query.device, *args)(*args)
 
 
-def _gated(output: Tensor, gate: Tensor, active: Tensor | None) -> Tensor:
-    if active is not None:
-        gate = gate.masked_fill(~active, 0)
-    return output * gate[..., None]
-
-
 def _reference(
     query: Tensor,
     key: Tensor,
@@ -99,7 +93,7 @@ def _reference(
     training: bool,
 ) -> Tensor:
     output = reference(query, key, value, bias, is_causal, scale, training)
-    return _gated(output, gate, active)
+    return output * shown(gate, active)[..., None]
 
 
 # --- the portable path ---------------------------------------------------------------------------
@@ -118,7 +112,8 @@ def _portable(
 ) -> Tensor:
     rest = (is_causal, scale, training)
     if active is None or dispatch.plain_aten() or not dense.packing_pays(query, key):
-        return _gated(portable(query, key, value, bias, *rest), gate, active)
+        output = portable(query, key, value, bias, *rest)
+        return output * shown(gate, active)[..., None]
     return _OPERATION(query, key, value, bias, gate, active, *rest, fused=False)
 
 

@@ -83,26 +83,31 @@ class Additive:
         self,
         axes: Sequence[Axis],
         bias: Tensor | None,
-        like: Tensor,
+        dtype: torch.dtype,
         work: Workspace,
         name: str = "additive",
         factor: float = 1.0,
     ) -> None:
         self.work = work
         self.name = name
-        self.patterns = _patterns(tuple(axes), like.device)
-        outside = self.patterns.outside
+        self.patterns = _patterns(tuple(axes), work.device)
         self.needed = bias is not None or not self.patterns.all_inside
+        self._bias, self._dtype, self._factor = bias, dtype, factor
+        self._bands: dict[tuple[Any, ...], Tensor] = {}
+
+    @functools.cached_property
+    def table(self) -> Tensor:
+        """Mask and bias of every pattern, `(num_heads or 1, patterns, queries, keys)`."""
+        outside, bias, dtype = self.patterns.outside, self._bias, self._dtype
         if bias is None:
-            table = like.new_zeros((1, *outside.shape))
+            table = outside.new_zeros((1, *outside.shape), dtype=dtype)
         else:
-            table = (bias * factor).to(like.dtype).flatten(1)
+            table = (bias.to(dtype) * self._factor).flatten(1)
             table = table.index_select(1, self.patterns.bias_index(bias.shape[1:]))
             table = table.view(-1, 1, *outside.shape[1:])
         if not self.patterns.all_inside:
-            table = table.masked_fill(outside, negative(like.dtype))
-        self.table = table
-        self._bands: dict[tuple[Any, ...], Tensor] = {}
+            table = table.masked_fill(outside, negative(dtype))
+        return table
 
     def band(self, band: tuple[int, int], strips: bool = False) -> Tensor:
         """`(num_heads or 1, classes and tiles, queries, keys)` of a band, or 1 tile for all."""
@@ -131,20 +136,30 @@ class Additive:
         `total` is the gradient of the table of these heads.
         """
         count = total.shape[1]
+        if grad.dtype != total.dtype:
+            grad = self.work.take("wide grad", grad.shape, total.dtype).copy_(grad)
         if count == 1:  # one sum over both would be slow, and so is one over a single tile
-            grad = grad[:, :, 0] if grad.shape[2] == 1 else grad.sum(2, dtype=total.dtype)
-            total[:, 0] += grad.sum(0, dtype=total.dtype)
+            grad = grad[:, :, 0] if grad.shape[2] == 1 else grad.sum(2)
+            total[:, 0] += grad.sum(0)
             return
-        grad = grad.sum(0, dtype=total.dtype)
+        grad = grad.sum(0)
         if count > FEW:
             total.index_add_(1, self.patterns.which(band), grad)
             return
         members = self.patterns.members(band, grad.dtype).expand(len(total), -1, -1)
         total += torch.bmm(members, grad.flatten(-2)).view(total.shape)
 
+    def no_grad(self, num_heads: int, dtype: torch.dtype) -> Tensor:
+        """Zeros that `add_grad` adds to: of all heads, as `table` is of one."""
+        return self.patterns.outside.new_zeros(
+            (num_heads, *self.patterns.outside.shape), dtype=dtype
+        )
+
     def grad_bias(self, grad: Tensor, bias: Tensor) -> Tensor:
         """The gradient of the bias from that of `table`, `(num_heads, patterns, queries, keys)`."""
-        grad = grad.masked_fill(self.patterns.outside, 0).sum(1).flatten(1)
+        if not self.patterns.all_inside:
+            grad = grad.masked_fill(self.patterns.outside, 0)
+        grad = grad.sum(1).flatten(1)
         index = self.patterns.bias_index(bias.shape[1:])
         total = grad.new_zeros(bias.shape).flatten(1)
         if grad.device.type == "cpu":

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vitarium.ops import dispatch
 from vitarium.ops.dispatch import Implementation
@@ -21,6 +22,30 @@ Shape = Sequence[int]
 
 def _names(schema: str) -> list[str]:
     return [part.split()[-1] for part in schema.split(",")]
+
+
+ORDINARY = (Tensor, torch.nn.Parameter)
+
+
+class _Direct(torch.autograd.Function):
+    """A differentiable operator without its custom operator."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Differentiable, *inputs: Any) -> Tensor:
+        output = operator.forward(*inputs)
+        ctx.operator = operator
+        ctx.save_for_backward(*inputs[: operator.count], *output)
+        ctx.arguments = inputs[operator.count :]
+        return output[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        operator, tensors = ctx.operator, ctx.saved_tensors
+        needs = ctx.needs_input_grad[1 : 1 + operator.count]
+        grads = operator.backward(grad, *tensors, *ctx.arguments, needs)
+        found = (g if need else None for g, need in zip(grads, needs))
+        return None, *found, *(None,) * len(ctx.arguments)
 
 
 class Differentiable:
@@ -95,8 +120,18 @@ class Differentiable:
         dispatch.register_flops(self._backward_operator)(count_backward)
 
     def __call__(self, *args: Any, fused: bool) -> Tensor:
-        """The output; `args` are the tensors and the other arguments."""
-        return self._operator(*args, fused)[0]
+        """The output; `args` are the tensors and the other arguments.
+
+        Where nobody could look at the custom operator, the way to its implementation is shorter.
+        """
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return self._operator(*args, fused)[0]
+        tensors = [arg for arg in args[: self.count] if arg is not None]
+        if not all(type(t) in ORDINARY and t.device.type != "meta" for t in tensors):
+            return self._operator(*args, fused)[0]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return _Direct.apply(self, *args, fused)
+        return self.forward(*args, fused)[0]
 
     def implementations(
         self,

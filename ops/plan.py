@@ -23,10 +23,17 @@ DEVICE_CHUNK = 1 << 28
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some heads of some images."""
+    """Some heads of some images.
+
+    Attributes:
+        images, heads: which.
+        all_images, all_heads: whether these are all, so that nothing need be taken.
+    """
 
     images: slice
     heads: slice
+    all_images: bool
+    all_heads: bool
 
     @property
     def pairs(self) -> tuple[int, int]:
@@ -34,7 +41,7 @@ class Chunk:
 
     def tokens_of(self, x: Tensor) -> Tensor:
         """View `(images, heads, *spatial, channels)` of `(B, *spatial, heads, channels)`."""
-        return x[self.images].movedim(-2, 1)
+        return (x if self.all_images else x[self.images]).movedim(-2, 1)
 
     def of(self, x: Tensor, group: int = 1) -> Tensor:
         """View `(images, heads, *spatial, channels)` of `(B, *spatial, num_heads, channels)`.
@@ -43,7 +50,7 @@ class Chunk:
         """
         x = self.tokens_of(x)
         if group == 1:
-            return x[:, self.heads]
+            return x if self.all_heads else x[:, self.heads]
         return x[:, [head // group for head in range(self.heads.start, self.heads.stop)]]
 
 
@@ -61,6 +68,7 @@ class _Facts(NamedTuple):
         plain: whether a map is a grid of queries already, and the same for keys.
         full: whether no position of a grid of queries, or of keys, is beyond the map.
         overlaps: whether a key is in several tiles, so that its gradient is a sum.
+        single: whether there is one tile.
     """
 
     classes: tuple[int, ...]
@@ -69,6 +77,7 @@ class _Facts(NamedTuple):
     plain: tuple[bool, bool]
     full: tuple[bool, bool]
     overlaps: bool
+    single: bool
 
 
 @functools.lru_cache(maxsize=256)
@@ -80,6 +89,7 @@ def _facts(axes: tuple[Axis, ...]) -> _Facts:
         (all(axis.is_grid(False) for axis in axes), all(axis.is_grid(True) for axis in axes)),
         (all(axis.fills(False) for axis in axes), all(axis.fills(True) for axis in axes)),
         any(axis.halo != axis.tile for axis in axes),
+        all(axis.classes == axis.tiles == 1 for axis in axes),
     )
 
 
@@ -106,7 +116,12 @@ def _portioned(
         step = min(count, max(1, limit // (row * heads)))
         images = max(1, limit // (row * heads * step))
     chunks = [
-        Chunk(slice(*some_images), slice(*some_heads))
+        Chunk(
+            slice(*some_images),
+            slice(*some_heads),
+            some_images == (0, batch),
+            some_heads == (0, num_heads),
+        )
         for some_images in _portions(batch, images)
         for some_heads in _portions(num_heads, heads)
     ]
@@ -118,14 +133,15 @@ class Plan:
 
     def __init__(self, query: Tensor, axes: Sequence[Axis], *, strips: bool = False) -> None:
         self.axes = axes = tuple(axes)
-        self.classes, self.tile, self.halo, self.plain, self.full, self.overlaps = _facts(axes)
+        self.classes, self.tile, self.halo, self.plain, self.full, self.overlaps, self.single = (
+            _facts(axes)
+        )
         limit = CPU_CHUNK if query.device.type == "cpu" else DEVICE_CHUNK
-        limit = limit * 4 // query.element_size()
+        limit = limit * (8 if self.single else 4) // query.element_size()
         sizes = query.shape[0], *query.shape[-2:], query.element_size()
         self.bands, self.chunks = _portioned(sizes, axes, limit, strips)
         self.work = Workspace(query)
         self.wide = torch.promote_types(query.dtype, torch.float32)
-        self.dense = all(axis.classes == 1 and axis.tiles == 1 for axis in axes)
         self._cleared: set[str] = set()
 
     def grid(self, name: str, x: Tensor, dtype: torch.dtype, *, keys: bool = False) -> Tensor:
@@ -170,10 +186,10 @@ class Plan:
         grid = self.grid(name, x, self.wide, keys=True)
         return grid.zero_() if len(self.bands) > 1 else grid
 
-    def finish(self, grid: Tensor, x: Tensor, *, keys: bool = False) -> None:
-        """Copy a grid into the map it was made for, unless it is a view of it."""
+    def finish(self, grid: Tensor, x: Tensor, chunk: Chunk, *, keys: bool = False) -> None:
+        """Copy a grid into the chunk of a map it was made for, unless it is a view of it."""
         if not self.plain[keys] or (keys and self.overlaps):
-            for target, source in map_views(x, grid, self.axes, keys):
+            for target, source in map_views(chunk.of(x), grid, self.axes, keys):
                 target.copy_(source)
 
     def queries(self, name: str, grid: Tensor, band: tuple[int, int]) -> Tensor:
@@ -238,12 +254,12 @@ class SingleTile(Plan):
     """A plan for maps that are one tile each, which need no grids."""
 
     def _grid_of(self, name: str, x: Tensor, *, keys: bool, fill: bool) -> Tensor:
-        return x.flatten(LEAD, -2)  # a view of results, which are contiguous
+        return x.flatten(LEAD, -2) if fill else x.view(*x.shape[:LEAD], -1, x.shape[-1])
 
     def sums_of(self, name: str, x: Tensor) -> Tensor:
-        return x.flatten(LEAD, -2)
+        return self.results_of(name, x)
 
-    def finish(self, grid: Tensor, x: Tensor, *, keys: bool = False) -> None:
+    def finish(self, grid: Tensor, x: Tensor, chunk: Chunk, *, keys: bool = False) -> None:
         pass
 
     def queries(self, name: str, grid: Tensor, band: tuple[int, int]) -> Tensor:
@@ -272,5 +288,4 @@ class SingleTile(Plan):
 def plan_for(query: Tensor, axes: Sequence[Axis]) -> Plan:
     """The plan of a call on these axes."""
     facts = _facts(tuple(axes))
-    one = all(axis.classes == axis.tiles == 1 for axis in axes)
-    return SingleTile(query, axes) if one and all(facts.plain) else Plan(query, axes)
+    return (SingleTile if facts.single and all(facts.plain) else Plan)(query, axes)

@@ -15,20 +15,17 @@ class Softmax:
 
     Powers of two take a quarter of the time of `torch.softmax`. They are taken of the scores
     themselves, unless some sum comes near the ends of the range of float32; only then are scores
-    taken relative to the largest of their query. Weights in half precision are rounded once, when
-    they are divided.
+    taken relative to the largest of their query. In half precision products are rounded, and then
+    weights, when they are divided; what is between is float32.
 
     Attributes:
-        wide: float32 at least.
-        factor: what the bias must be multiplied by. Scores are exponents of two; in half precision
-            they are made so once they are converted.
+        wide: the dtype of what is added to products: float32 at least.
     """
 
     def __init__(self, like: Tensor, work: Workspace) -> None:
         self.work = work
         self.dtype = like.dtype
         self.wide = torch.promote_types(like.dtype, torch.float32)
-        self.factor = LOG2E if self.wide == like.dtype else 1.0
         # Whether scores seem small enough. Knowing that takes a look at the sums, for which a
         # device would have to be waited for.
         self.bounded = like.device.type == "cpu"
@@ -48,18 +45,22 @@ class Softmax:
             query: `(tiles of all pairs, queries, channels)`.
             key: `(tiles of all pairs, keys, channels)`.
             scale: factor on the scores.
-            table: what is added, times `factor`: `(heads or 1, tiles or 1, queries, keys)`.
+            table: what is added to exponents of two: `(heads or 1, tiles or 1, queries, keys)`.
             pairs: number of images and of heads.
             out: where to write the weights; nothing is left to divide by then.
         """
         shape = (query.shape[0], query.shape[1], key.shape[1])
         scores = self.work.take("weights", shape, self.dtype) if out is None else out
-        if table is not None:
+        half = self.wide != self.dtype
+        fill = table is not None and not half
+        if fill:
             scores.view(*pairs, -1, *shape[1:]).copy_(table)
-        scores.baddbmm_(query, key.mT, beta=0 if table is None else 1, alpha=scale * self.factor)
-        half, powers = self.wide != self.dtype, scores
+        scores.baddbmm_(query, key.mT, beta=int(fill), alpha=scale * LOG2E)
+        powers = scores
         if half:
-            powers = self.work.take("powers", shape, self.wide).copy_(scores).mul_(LOG2E)
+            powers = self.work.take("powers", shape, self.wide).copy_(scores)
+            if table is not None:
+                powers.view(*pairs, -1, *shape[1:]).add_(table)
         if not self.bounded:
             powers.sub_(powers.amax(-1, keepdim=True))
         powers.exp2_()

@@ -124,7 +124,7 @@ def attend_strips(
                     scale=scale,
                 )
                 target.of(result, image, head).copy_(found.reshape(target.shape))
-        plan.finish(result, chunk.of(output))
+        plan.finish(result, output, chunk)
     plan.work.close()
     return output
 
@@ -134,7 +134,7 @@ def _sections(
 ) -> list[Section]:
     """A section of the first axis, or several where its mask would be large."""
     axes = (axis, *plan.axes[1:])
-    additive = Additive(axes, bias, like, plan.work, f"section {first}")
+    additive = Additive(axes, bias, like.dtype, plan.work, f"section {first}")
     uniform = all(len(set(row)) == 1 for row in axis.which)
     strips = math.prod(other.classes * other.tiles for other in axes[1:]) * axis.classes
     row = strips * additive.table[0, 0].numel() * like.element_size()

@@ -15,9 +15,10 @@ from vitarium.ops.strips import attend_strips
 from vitarium.ops.tiles import Axis, PlainAxis
 from vitarium.ops.transfer import Reader
 from vitarium.ops.windows import Pattern, Window
-from vitarium.ops.workspace import negative
+from vitarium.ops.workspace import LOG2E, negative
 
 STRIPS_PAY = 1500  # tokens of a map from which strips are faster
+DENSE_PAYS = 128  # keys of a single tile from which the fused attention is faster
 FEW_KEYS = 64  # of a tile: up to so many its weights are kept for the backward
 
 
@@ -52,8 +53,9 @@ def path(query: Tensor, value: Tensor, windows: Sequence[Pattern]) -> str:
     """How `attend` goes about this call.
 
     PyTorch's fused attention for CPUs is slow in half precision. Where it is fast, large maps go
-    through it in "strips", and small ones as they are if one tile is cheapest ("dense"). All else,
-    window attention and every backward, is batched matrix products on "tiles".
+    through it in "strips", and small ones as they are if one tile is cheapest ("dense") and not
+    very small. All else, window attention and every backward, is batched matrix products on
+    "tiles".
     """
     serves = (
         query.device.type == "cpu"
@@ -95,7 +97,7 @@ def attend(
     if way == "strips":
         return attend_strips(query, key, value, bias, axes, scale)
     plan = plan_for(query, axes)
-    if way == "dense" and plan.dense:
+    if way == "dense" and plan.single and math.prod(plan.halo) > DENSE_PAYS:
         output = _attend_dense(plan, query, key, value, bias, scale)
     else:
         output = _attend_tiles(plan, query, key, value, bias, scale, saved)
@@ -107,7 +109,7 @@ def _attend_dense(
     plan: Plan, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
 ) -> Tensor:
     """One tile: the CPU's fused attention on the tensors as they are."""
-    additive = Additive(plan.axes, bias, query, plan.work)
+    additive = Additive(plan.axes, bias, query.dtype, plan.work)
     shape, group = query.shape, query.shape[-2] // key.shape[-2]
     tensors = (tensor.flatten(1, -3).transpose(1, 2) for tensor in (query, key, value))
     # It takes strides for all dimensions but the last.
@@ -132,7 +134,7 @@ def _attend_tiles(
 ) -> Tensor:
     """Batched products of copied halos."""
     softmax = Softmax(query, plan.work)
-    additive = Additive(plan.axes, bias, query, plan.work, factor=softmax.factor)
+    additive = Additive(plan.axes, bias, softmax.wide, plan.work, factor=LOG2E)
     kept = _Kept(saved)
     output = query.new_empty(*query.shape[:-1], value.shape[-1])
     for chunk in plan.chunks:
@@ -147,7 +149,7 @@ def _attend_tiles(
             v = reader.tiles(2, "halos")  # over the keys, which have served
             tiles = torch.bmm(weights, v, out=plan.results("output", result, band))
             plan.put_queries(tiles, result, band, sums)
-        plan.finish(result, chunk.of(output))
+        plan.finish(result, output, chunk)
     return output
 
 
@@ -169,17 +171,14 @@ def attend_backward(
     """
     plan = plan_for(query, axes)
     softmax = Softmax(query, plan.work)
-    additive = Additive(axes, bias, query, plan.work, factor=softmax.factor)
+    additive = Additive(axes, bias, softmax.wide, plan.work, factor=LOG2E)
     kept = _Kept(saved)
     work, dtype = plan.work, query.dtype
     group = query.shape[-2] // key.shape[-2]
-    heads = query.shape[-2:-1]
-    grad_query = query.new_empty(query.shape)
-    grad_key = key.new_empty(*key.shape[:-2], *heads, key.shape[-1])
-    grad_value = value.new_empty(*value.shape[:-2], *heads, value.shape[-1])
+    grad_query, grad_key, grad_value = (_gradient(x, query) for x in (query, key, value))
     grad_table = None
     if bias_needs_grad:
-        grad_table = additive.table.new_zeros(additive.table.shape, dtype=plan.wide)
+        grad_table = additive.no_grad(query.shape[-2], plan.wide)
     for chunk in plan.chunks:
         reader = Reader(plan, chunk, query, key, value)
         # Zero beyond the map, so that queries that do not exist send no gradient.
@@ -216,9 +215,9 @@ def attend_backward(
             tiles = plan.results("output", query_total, band)
             torch.baddbmm(tiles, grad_scores, k, beta=0, alpha=scale, out=tiles)
             plan.put_queries(tiles, query_total, band)
-        plan.finish(query_total, chunk.of(grad_query))
+        plan.finish(query_total, grad_query, chunk)
         for total, target in ((key_total, grad_key), (value_total, grad_value)):
-            plan.finish(total, chunk.of(target), keys=True)
+            plan.finish(total, target, chunk, keys=True)
     work.close()
     if group > 1:
         grad_key = grad_key.unflatten(-2, (-1, group)).sum(-2)
@@ -228,6 +227,19 @@ def attend_backward(
     else:
         grad_bias = query.new_empty(0)
     return grad_query, grad_key, grad_value, grad_bias
+
+
+def _gradient(x: Tensor, query: Tensor) -> Tensor:
+    """Memory for a gradient, of all heads of the queries.
+
+    It is ordered as `x` is where that leaves the tokens of a head in line.
+    """
+    if x.shape[-2] == query.shape[-2]:
+        grad = torch.empty_like(x)
+        sizes, strides = grad.shape[2:-2], grad.stride()[1:-2]
+        if all(step == n * inner for step, n, inner in zip(strides, sizes, strides[1:])):
+            return grad
+    return x.new_empty(*x.shape[:-2], query.shape[-2], x.shape[-1])
 
 
 def attend_plain(

@@ -29,6 +29,7 @@ class Workspace:
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
+        self.device = like.device
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
         self._views: dict[tuple[str, torch.dtype, tuple[int, ...]], Tensor] = {}
         # Tensors of inference mode may not be written to outside of it.

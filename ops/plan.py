@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vitarium.ops.tiles import LEAD, Axis, fold, grid_view, map_views, tile_view
+from vitarium.ops.tiles import LEAD, Axis, fold, grid_view, map_views, part_geometry, tile_view
 from vitarium.ops.workspace import Workspace
 
 # Bytes of the scores of one chunk in float32. On a CPU they should stay near the second-level cache
@@ -69,6 +69,7 @@ class _Facts(NamedTuple):
         full: whether no position of a grid of queries, or of keys, is beyond the map.
         overlaps: whether a key is in several tiles, so that its gradient is a sum.
         single: whether there is one tile.
+        whole: whether tiles fill the map.
     """
 
     classes: tuple[int, ...]
@@ -78,6 +79,7 @@ class _Facts(NamedTuple):
     full: tuple[bool, bool]
     overlaps: bool
     single: bool
+    whole: bool
 
 
 @functools.lru_cache(maxsize=256)
@@ -90,6 +92,7 @@ def _facts(axes: tuple[Axis, ...]) -> _Facts:
         (all(axis.fills(False) for axis in axes), all(axis.fills(True) for axis in axes)),
         any(axis.halo != axis.tile for axis in axes),
         all(axis.classes == axis.tiles == 1 for axis in axes),
+        all(axis.halo == axis.tile and axis.fills(False) for axis in axes),
     )
 
 
@@ -133,11 +136,11 @@ class Plan:
 
     def __init__(self, query: Tensor, axes: Sequence[Axis], *, strips: bool = False) -> None:
         self.axes = axes = tuple(axes)
-        self.classes, self.tile, self.halo, self.plain, self.full, self.overlaps, self.single = (
+        self.classes, self.tile, self.halo, self.plain, self.full, self.overlaps, self.single, _ = (
             _facts(axes)
         )
         limit = CPU_CHUNK if query.device.type == "cpu" else DEVICE_CHUNK
-        limit = limit * (8 if self.single else 4) // query.element_size()
+        limit = limit * (4 if self.overlaps else 8) // query.element_size()
         sizes = query.shape[0], *query.shape[-2:], query.element_size()
         self.bands, self.chunks = _portioned(sizes, axes, limit, strips)
         self.work = Workspace(query)
@@ -250,36 +253,58 @@ class Plan:
             halos = total
 
 
-class SingleTile(Plan):
-    """A plan for maps that are one tile each, which need no grids."""
+class WholeWindows(Plan):
+    """A plan for tiles that fill the map: tokens go straight from it into tiles and back.
+
+    What other plans call a grid is the map itself, `(images, heads, *spatial, channels)`.
+    """
 
     def _grid_of(self, name: str, x: Tensor, *, keys: bool, fill: bool) -> Tensor:
-        return x.flatten(LEAD, -2) if fill else x.view(*x.shape[:LEAD], -1, x.shape[-1])
+        return x
 
     def sums_of(self, name: str, x: Tensor) -> Tensor:
-        return self.results_of(name, x)
+        return x
 
     def finish(self, grid: Tensor, x: Tensor, chunk: Chunk, *, keys: bool = False) -> None:
         pass
 
     def queries(self, name: str, grid: Tensor, band: tuple[int, int]) -> Tensor:
-        return self._matrices(name, grid).view(-1, *grid.shape[LEAD:])
+        shape, parts = part_geometry(grid.shape, grid.stride(), self.axes, band)
+        tiles = None
+        for part, strides, origin, inner, offset in parts:
+            source = grid.as_strided(part, strides, grid.storage_offset() + origin)
+            if tiles is None:
+                if len(parts) == 1 and source.is_contiguous():
+                    tiles = source
+                    break
+                tiles = self.work.take(name, shape, grid.dtype)
+            tiles.as_strided(part, inner, tiles.storage_offset() + offset).copy_(source)
+        return tiles.view(-1, math.prod(self.tile), grid.shape[-1])
 
     keys = queries
 
     def results(self, name: str, grid: Tensor, band: tuple[int, int]) -> Tensor:
-        if not grid.is_contiguous():
-            grid = self.work.take(name, grid.shape, grid.dtype)
-        return grid.view(-1, *grid.shape[LEAD:])
+        shape, parts = part_geometry(grid.shape, grid.stride(), self.axes, band)
+        if len(parts) == 1:
+            part, strides, origin, *_ = parts[0]
+            tiles = grid.as_strided(part, strides, grid.storage_offset() + origin)
+        if len(parts) > 1 or not tiles.is_contiguous():
+            tiles = self.work.take(name, shape, grid.dtype)
+        return tiles.view(-1, math.prod(self.tile), grid.shape[-1])
 
     def put_queries(
         self, tiles: Tensor, grid: Tensor, band: tuple[int, int], sums: Tensor | None = None
     ) -> None:
-        tiles = tiles.view(grid.shape)
-        if sums is not None:
-            torch.div(tiles, sums.view(*grid.shape[:-1], 1), out=grid)
-        elif tiles.data_ptr() != grid.data_ptr():
-            grid.copy_(tiles)
+        _, parts = part_geometry(grid.shape, grid.stride(), self.axes, band)
+        if sums is not None and len(parts) > 1:
+            tiles, sums = tiles.div_(sums), None
+        for part, strides, origin, inner, offset in parts:
+            target = grid.as_strided(part, strides, grid.storage_offset() + origin)
+            source = tiles.as_strided(part, inner, tiles.storage_offset() + offset)
+            if sums is not None:
+                torch.div(source, sums.view(*part[:-1], 1), out=target)
+            elif source.data_ptr() != target.data_ptr():
+                target.copy_(source)
 
     def add_keys(self, tiles: Tensor, grid: Tensor, band: tuple[int, int]) -> None:
         self.put_queries(tiles, grid, band)
@@ -288,4 +313,4 @@ class SingleTile(Plan):
 def plan_for(query: Tensor, axes: Sequence[Axis]) -> Plan:
     """The plan of a call on these axes."""
     facts = _facts(tuple(axes))
-    return (SingleTile if facts.single and all(facts.plain) else Plan)(query, axes)
+    return (WholeWindows if facts.whole else Plan)(query, axes)

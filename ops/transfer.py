@@ -11,7 +11,7 @@ import math
 
 from torch import Tensor
 
-from vitarium.ops.plan import Chunk, Plan, SingleTile
+from vitarium.ops.plan import Chunk, Plan, WholeWindows
 from vitarium.ops.tiles import tile_view
 
 Band = tuple[int, int]
@@ -41,8 +41,11 @@ class Reader:
         self.plan = plan
         self.heads = query.shape[-2]
         tokens = None
-        single = isinstance(plan, SingleTile)  # whose tokens lie in the order of a window
-        if not plan.overlaps and not single and chunk.pairs[1] == self.heads:
+        if (
+            not plan.overlaps
+            and not isinstance(plan, WholeWindows)
+            and chunk.pairs[1] == self.heads
+        ):
             tokens = joint(query, key, value)
         if tokens is None:
             group = self.heads // key.shape[-2]

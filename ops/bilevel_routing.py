@@ -376,7 +376,11 @@ def _launches() -> list[Case]:
         _case(f"head_dim {dim}", (64, 64), 4, 8, heads=(2, 2), dims=(dim, dim), weights=True)
         for dim in (32, 64, 128, 256)
     ]
-    return [*found, _case("small regions", (8, 8), 4, 8, heads=(2, 2), dims=(32, 32))]
+    return [
+        *found,
+        _case("regions of 16 tokens", (16, 16), 4, 4, heads=(2, 2), dims=(32, 32)),
+        _case("small regions", (8, 8), 4, 8, heads=(2, 2), dims=(32, 32)),
+    ]
 
 
 OPERATOR = Operator(

@@ -6,8 +6,8 @@ those that `vitarium.ops.bilevel_routing_attention` has checked.
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,20 +15,15 @@ import triton
 from torch import Tensor
 
 from vitarium.ops.kernels import bilevel_routing_backward, bilevel_routing_forward
-from vitarium.ops.kernels.launch import (
-    large,
-    launch,
-    map_strides,
-    positive_scale,
-    row_strides,
-    widths,
-)
+from vitarium.ops.kernels.launch import launch, positive_scale, widths
+from vitarium.ops.kernels.rows import row_arguments
 
-# (kernel, element size) -> by padded head_dim: queries, keys, num_warps, num_stages and, where the
-# assembler would else spill, max_registers. Read off ahead-of-time compilation, `sheet.py`.
+# (kernel, element size) -> by padded head_dim: tokens of the tile that a program stays with and of
+# those it walks over, num_warps, num_stages and, where the assembler would else spill,
+# max_registers. Read off ahead-of-time compilation, `sheet.py`: the fewest instructions.
 _SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
     ("forward", 2): {
-        32: (64, 64, 4, 2),
+        32: (64, 64, 2, 2),
         64: (64, 64, 4, 2),
         128: (64, 32, 4, 2, 255),
         256: (64, 32, 8, 2),
@@ -40,73 +35,102 @@ _SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
         256: (32, 16, 8, 1, 255),
     },
     ("query", 2): {
-        32: (64, 32, 4, 2),
-        64: (64, 32, 4, 2),
+        32: (64, 64, 4, 2),
+        64: (64, 64, 4, 2),
         128: (64, 32, 8, 2),
         256: (32, 32, 8, 2),
     },
     ("query", 4): {
         32: (32, 16, 4, 2),
-        64: (16, 32, 4, 2),
-        128: (16, 32, 8, 2, 255),
+        64: (16, 32, 4, 1),
+        128: (16, 16, 8, 2),
         256: (16, 16, 8, 2),
     },
     ("key_value", 2): {
-        32: (32, 64, 4, 2),
-        64: (32, 64, 4, 2),
-        128: (32, 64, 8, 2),
+        32: (64, 64, 4, 2),
+        64: (64, 32, 4, 2),
+        128: (64, 32, 8, 2),
         256: (32, 32, 8, 1),
     },
     ("key_value", 4): {
-        32: (32, 16, 4, 2),
+        32: (16, 32, 4, 2),
         64: (32, 32, 8, 2, 255),
-        128: (16, 16, 8, 1),
-        256: (16, 16, 8, 1),
+        128: (16, 16, 8, 1, 255),
+        256: (16, 16, 8, 1, 255),
     },
 }
 
 
-@dataclass(frozen=True)
-class Config:
-    """Tokens of a tile of queries and of keys, and launch options."""
+def cut(region: tuple[int, int], tokens: int) -> tuple[int, int]:
+    """Sides of tiles of `tokens` tokens that cover a region with the fewest tiles.
 
-    queries: int
-    keys: int
-    num_warps: int
-    num_stages: int
-    max_registers: int | None = None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What `launch` takes."""
-        return {
-            "BLOCK_M": self.queries,
-            "BLOCK_N": self.keys,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "max_registers": self.max_registers,
-        }
+    Sides are powers of two, which is all that the compiler knows of a region. A region that fits
+    into a smaller tile gets that.
+    """
+    height, width = (triton.next_power_of_2(n) for n in region)
+    if height * width <= tokens:
+        return height, width
+    tiles = {}
+    for power in range(tokens.bit_length()):
+        down, across = tokens >> power, 1 << power
+        tiles[down, across] = triton.cdiv(region[0], down) * triton.cdiv(region[1], across)
+    # Of several the widest: tokens of a row lie next to each other.
+    return min(tiles, key=lambda sides: (tiles[sides], -sides[1]))
 
 
-def config(kernel: str, head_dim: int, element_size: int, tokens: int) -> Config:
-    """Launch parameters of a kernel.
+@functools.lru_cache(maxsize=1024)
+def plan(
+    kernel: str,
+    element_size: int,
+    head_dim: int,
+    own: tuple[int, int],
+    walked: tuple[int, int],
+    listed: int,
+) -> tuple[int, dict[str, Any]]:
+    """How many tiles a region has, and what is known of regions when compiling.
 
     Args:
         kernel: "forward", "query" or "key_value".
-        head_dim: the larger of the widths of query and value heads.
         element_size: bytes of an element of query.
-        tokens: of a region, of queries or for "key_value" of keys: a tile that does not walk is
-            no larger than needed.
+        head_dim: the larger of the widths of query and value heads.
+        own, walked: height and width of a region of queries and of one of keys; for "key_value" of
+            keys and of queries.
+        listed: regions in a row of the table.
     """
     sizes = _SIZES[kernel, element_size]
-    queries, keys, num_warps, *options = sizes[min(d for d in sizes if d >= head_dim)]
-    still, walked = (keys, queries) if kernel == "key_value" else (queries, keys)
-    needed = max(16, triton.next_power_of_2(tokens))
-    if 4 * needed <= still:  # so little work at a time that fewer warps do
-        num_warps, walked = max(1, num_warps // 4), max(16, walked // 2)
-    still = min(still, needed)
-    queries, keys = (walked, still) if kernel == "key_value" else (still, walked)
-    return Config(queries, keys, num_warps, *options)
+    tokens, step, num_warps, num_stages, *registers = sizes[min(d for d in sizes if d >= head_dim)]
+    down, across = cut(own, tokens)
+    tiles = triton.cdiv(own[0], down) * triton.cdiv(own[1], across)
+    down = max(down, 16 // across)  # matrix products of less than 16 rows do not exist
+    if down * across < tokens:
+        num_warps, registers = max(1, num_warps * down * across // tokens), [255]
+        if kernel == "key_value":
+            step = min(step, 32)  # four tiles of scores at a time fill the registers of a warp
+
+    step_down, step_across = cut(walked, step)
+    size = step_down * step_across
+    whole = step_down >= walked[0] and step_across >= walked[1]
+    slots = 1
+    if whole:
+        slots = max(16 // size, min(step // size, triton.next_power_of_2(listed)))
+    even = slots == 1
+    if kernel != "key_value":  # for which the length of the list is that of the row
+        even = listed % slots == 0
+        if whole and listed <= slots:
+            num_stages = 1  # a single step: nothing to load ahead
+
+    tile = (down, across), own[0] % down == own[1] % across == 0
+    walk = (step_down, step_across), even and walked[0] % step_down == walked[1] % step_across == 0
+    of_queries, of_keys = (walk, tile) if kernel == "key_value" else (tile, walk)
+    return tiles, {
+        **dict(zip(("TILE", "FULL"), of_queries)),
+        **dict(zip(("KEY_TILE", "KEY_FULL"), of_keys)),
+        "SLOTS": slots,
+        "WHOLE": whole,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "max_registers": registers[0] if registers else None,
+    }
 
 
 def _common_arguments(
@@ -116,41 +140,35 @@ def _common_arguments(
     weights: Tensor | None,
     routing: Tensor,
     grid: list[int],
+    **maps: Tensor,
 ) -> dict[str, Any]:
     """Arguments that are the same for all kernels."""
     return {
-        "query": query,
-        "key": key,
-        "value": value,
+        **row_arguments(widths(query, value), query=query, key=key, value=value, **maps),
         "weights": None if weights is None else weights.contiguous(),
-        "query_strides": map_strides(query),
-        "key_strides": map_strides(key),
-        "value_strides": map_strides(value),
-        "lengths": tuple(n // parts for n, parts in zip(query.shape[1:3], grid)),
-        "key_lengths": tuple(n // parts for n, parts in zip(key.shape[1:3], grid)),
-        "region_grid": tuple(grid),
+        "height": query.shape[1] // grid[0],
+        "width": query.shape[2] // grid[1],
+        "key_height": key.shape[1] // grid[0],
+        "key_width": key.shape[2] // grid[1],
         "topk": routing.shape[-1],
+        "GRID": tuple(grid),
         "GROUP": query.shape[-2] // key.shape[-2],
-        **widths(query, value),
     }
 
 
 def _tiles(
-    kernel: str, query: Tensor, key: Tensor, value: Tensor, common: dict[str, Any]
+    kernel: str, query: Tensor, key: Tensor, common: dict[str, Any]
 ) -> tuple[int, dict[str, Any]]:
     """Number of programs, and the arguments about tiles."""
-    keys = kernel == "key_value"
-    height, width = common["key_lengths" if keys else "lengths"]
-    heads = (key if keys else query).shape[-2]
-    widest = max(query.shape[-1], value.shape[-1])
-    chosen = config(kernel, widest, query.element_size(), height * width)
-    tiles = triton.cdiv(height * width, chosen.keys if keys else chosen.queries)
-    regions = math.prod(common["region_grid"])
-    return query.shape[0] * heads * regions * tiles, {
-        "heads": heads,
-        "tiles": tiles,
-        **chosen.options,
-    }
+    stays, regions = query, (common["height"], common["width"])
+    walked = (common["key_height"], common["key_width"])
+    if kernel == "key_value":
+        stays, regions, walked = key, walked, regions
+    widest = max(common["D"], common["VALUE_D"])
+    tiles, options = plan(kernel, query.element_size(), widest, regions, walked, common["topk"])
+    batch, heads = stays.shape[0], stays.shape[-2]
+    programs = batch * heads * math.prod(common["GRID"]) * tiles
+    return programs, {"heads": heads, "tiles": tiles, **options}
 
 
 def forward(
@@ -181,7 +199,7 @@ def forward(
     if output.numel() == 0:
         return output, logsumexp
     common = _common_arguments(query, key, value, weights, routing, grid)
-    programs, tiles = _tiles("forward", query, key, value, common)
+    programs, tiles = _tiles("forward", query, key, common)
     launch(
         bilevel_routing_forward.forward_kernel,
         programs,
@@ -189,10 +207,7 @@ def forward(
         routing=routing.contiguous(),
         output=output,
         logsumexp=logsumexp,
-        output_strides=map_strides(output),
-        logsumexp_strides=row_strides(logsumexp),
         scale=scale,
-        LARGE=large(query, key, value, output),
         **common,
         **tiles,
     )
@@ -246,16 +261,12 @@ def backward(
         return grad_query, grad_key.zero_(), grad_value.zero_(), grad_weights, None
     delta = torch.empty_like(logsumexp)
     common = {
-        **_common_arguments(query, key, value, weights, routing, grid),
+        **_common_arguments(query, key, value, weights, routing, grid, grad_output=grad_output),
         "logsumexp": logsumexp,
-        "logsumexp_strides": row_strides(logsumexp),
         "delta": delta,
-        "grad_output": grad_output,
-        "grad_output_strides": map_strides(grad_output),
         "scale": scale,
-        "LARGE": large(query, key, value, output, grad_output),
     }
-    programs, tiles = _tiles("query", query, key, value, common)
+    programs, tiles = _tiles("query", query, key, common)
     topk, sums = triton.next_power_of_2(routing.shape[-1]), None
     if weights_need_grad:
         sums = query.new_empty((programs, topk), dtype=torch.float32)
@@ -265,9 +276,7 @@ def backward(
         query.device,
         routing=routing.contiguous(),
         output=output,
-        output_strides=map_strides(output),
         grad_query=grad_query,
-        grad_query_strides=map_strides(grad_query),
         weight_sums=sums,
         TOPK=topk,
         **common,
@@ -278,7 +287,7 @@ def backward(
         sums = sums.view(batch, query.shape[-2], regions, tiles["tiles"], topk)
         grad_weights = sums.sum((1, 3))[..., :used].to(weights.dtype)
     entries, starts = invert(routing, grid[0] * grid[1])
-    programs, tiles = _tiles("key_value", query, key, value, common)
+    programs, tiles = _tiles("key_value", query, key, common)
     launch(
         bilevel_routing_backward.key_value_kernel,
         programs,
@@ -286,9 +295,7 @@ def backward(
         entries=entries,
         starts=starts,
         grad_key=grad_key,
-        grad_key_strides=map_strides(grad_key),
         grad_value=grad_value,
-        grad_value_strides=map_strides(grad_value),
         **common,
         **tiles,
     )

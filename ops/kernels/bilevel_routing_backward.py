@@ -4,8 +4,8 @@
   sums the gradients of the soft weights of its row of the table, over its tile and its head; adding
   those of other tiles and heads, in a fixed order, is left to the launcher.
 - `key_value_kernel`: one program per tile of a region's keys. Who attends to the region is read off
-  the inverted table: the entries that name it, in order, which a sort has brought together. Their
-  queries are walked over as one list, and the query heads that share the key head with them.
+  the inverted table: the entries that name it, in order, which a sort has brought together. It
+  walks over the regions of these entries, and the query heads that share the key head.
 
 Weights are recomputed from the log-sum-exp of the forward (Dao et al., arXiv 2205.14135).
 """
@@ -16,181 +16,186 @@ import triton
 import triton.language as tl
 
 from vitarium.ops.kernels.bilevel_routing_forward import (
-    UNALIGNED,
-    listed_keys,
-    load_weights,
+    SIZES,
+    keys_of_step,
     locate,
-    region_tokens,
+    steps_of,
+    tokens_of,
+    walk,
 )
-from vitarium.ops.kernels.common import (
-    LOG2E,
-    dot,
-    load_rows,
-    load_tokens,
-    store_rows,
-    store_tokens,
+from vitarium.ops.kernels.common import LOG2E, dot
+from vitarium.ops.kernels.rows import (
+    load_numbers,
+    load_queries,
+    load_vectors,
+    store_numbers,
+    store_vectors,
 )
 
 
-@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit(do_not_specialize=SIZES)
 def query_kernel(
     query, key, value, routing, weights, output, logsumexp, grad_output,
     grad_query, delta,  # results; delta is the sum of grad_output * output over channels
     weight_sums,  # result: (programs, TOPK), contiguous; None: not wanted
-    query_strides, key_strides, value_strides, output_strides, logsumexp_strides,
-    grad_output_strides, grad_query_strides,
-    lengths, key_lengths, region_grid, topk, heads, tiles, scale,  # as those of forward_kernel
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    query_strides, key_strides, value_strides, grad_output_strides,
+    height, width, key_height, key_width, topk, heads, tiles, scale,  # as those of forward_kernel
+    GRID: tl.constexpr, GROUP: tl.constexpr,
     TOPK: tl.constexpr,  # a power of two, at least topk
+    TILE: tl.constexpr, FULL: tl.constexpr,
+    KEY_TILE: tl.constexpr, KEY_FULL: tl.constexpr, SLOTS: tl.constexpr, WHOLE: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    regions = region_grid[0] * region_grid[1]
-    tile, region, head, batch = locate(tl.program_id(0), tiles, regions, heads)
-    token = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    q_exists = token < lengths[0] * lengths[1]
-    q_at = region_tokens(region, token, region_grid, lengths)
-    o = load_tokens(
-        output, output_strides, batch, head, q_at, q_exists, (0, 0, 0), (1, 1, 1),
-        VALUE_D, BLOCK_VALUE_D, LARGE,
+    BLOCK: tl.constexpr = TILE[0] * TILE[1]
+    REGIONS: tl.constexpr = GRID[0] * GRID[1]
+    tile, region, head, batch = locate(tl.program_id(0), tiles, REGIONS, heads)
+    index = tl.arange(0, BLOCK)
+    token, exists = tokens_of(region, tile, index, height, width, GRID, TILE)
+    if FULL:
+        exists = None
+    first = batch.to(tl.int64) * (height * width * REGIONS)
+    key_first = batch.to(tl.int64) * (key_height * key_width * REGIONS)
+    o = load_vectors(
+        output, (heads * VALUE_D, VALUE_D), first, head, token, exists,
+        VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
     )  # fmt: skip
-    grad = load_tokens(
-        grad_output, grad_output_strides, batch, head, q_at, q_exists, (0, 0, 0), (1, 1, 1),
-        VALUE_D, BLOCK_VALUE_D, LARGE,
+    grad = load_vectors(
+        grad_output, grad_output_strides, first, head, token, exists,
+        VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
     )  # fmt: skip
     row_delta = tl.sum(o.to(tl.float32) * grad.to(tl.float32), 1)
-    store_rows(
-        delta, logsumexp_strides, batch, head, q_at, q_exists, (0, 0, 0), (1, 1, 1),
-        row_delta, LARGE,
-    )  # fmt: skip
-    q = load_tokens(
-        query, query_strides, batch, head, q_at, q_exists, (0, 0, 0), (1, 1, 1),
-        D, BLOCK_D, LARGE,
-    )  # fmt: skip
-    row_logsumexp = load_rows(
-        logsumexp, logsumexp_strides, batch, head, q_at, q_exists, (0, 0, 0), (1, 1, 1),
-        float("inf"), LARGE,
-    )  # fmt: skip
-    accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    store_numbers(delta, first, heads, head, token, exists, row_delta, LARGE)
+    q = load_vectors(query, query_strides, first, head, token, exists, D, BLOCK_D, LARGE, ALIGN)
+    row_logsumexp = load_numbers(logsumexp, first, heads, head, token, exists, float("inf"), LARGE)
+    accumulator = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     sums = tl.zeros([TOPK], tl.float32)
-    row = batch * regions + region
-    for first in range(0, topk * key_lengths[0] * key_lengths[1], BLOCK_N):
-        index = first + tl.arange(0, BLOCK_N)
-        k_at, k_exists, entry = listed_keys(routing, row, index, topk, region_grid, key_lengths)
-        k = load_tokens(
-            key, key_strides, batch, head // GROUP, k_at, k_exists, (0, 0, 0), (1, 1, 1),
-            D, BLOCK_D, LARGE,
+    row = batch * REGIONS + region
+    for step in range(steps_of(topk, key_height, key_width, KEY_TILE, SLOTS, WHOLE)):
+        k_token, k_exists, entry, slot = keys_of_step(
+            routing, row, step, topk, key_height, key_width, GRID, KEY_TILE, SLOTS, WHOLE
+        )
+        if KEY_FULL:
+            k_exists = None
+        k = load_vectors(
+            key, key_strides, key_first, head // GROUP, k_token, k_exists, D, BLOCK_D, LARGE, ALIGN
+        )
+        v = load_vectors(
+            value, value_strides, key_first, head // GROUP, k_token, k_exists,
+            VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
         )  # fmt: skip
-        v = load_tokens(
-            value, value_strides, batch, head // GROUP, k_at, k_exists, (0, 0, 0), (1, 1, 1),
-            VALUE_D, BLOCK_VALUE_D, LARGE,
-        )  # fmt: skip
-        products = dot(q, tl.trans(k), None, PRECISION, UPCAST) * scale
+        products = dot(q, tl.trans(k), None, PRECISION, UPCAST)
         grad_weights = dot(grad, tl.trans(v), None, PRECISION, UPCAST)
         scores = products
         grad_attention = grad_weights
         if weights is not None:
-            soft = load_weights(weights, entry, k_exists)[None, :]
+            soft = tl.load(weights + entry).to(tl.float32)
+            if SLOTS > 1:
+                soft = soft[None, :]
             scores *= soft
             grad_attention *= soft
-        attention = tl.exp2(scores * LOG2E - row_logsumexp[:, None])
-        attention = tl.where(k_exists[None, :], attention, 0.0)
+        attention = tl.exp2(scores * (scale * LOG2E) - row_logsumexp[:, None])
+        if not KEY_FULL:
+            attention = tl.where(k_exists[None, :], attention, 0.0)
         grad_scores = attention * (grad_attention - row_delta[:, None])
-        if weight_sums is not None:
-            of_key = tl.sum(grad_scores * products + attention * grad_weights, 0)
-            of_key = tl.where(k_exists, of_key, 0.0)
-            slot = index // (key_lengths[0] * key_lengths[1])
-            chosen = tl.arange(0, TOPK)[:, None] == slot[None, :]
-            sums += tl.sum(tl.where(chosen, of_key[None, :], 0.0), 1)
+        if weight_sums is not None:  # absent keys and values are 0: these need no mask
+            of_key = tl.sum(grad_scores * (products * scale) + attention * grad_weights, 0)
+            if SLOTS == 1:
+                sums += tl.where(tl.arange(0, TOPK) == slot, tl.sum(of_key, 0), 0.0)
+            else:
+                chosen = tl.arange(0, TOPK)[:, None] == slot[None, :]
+                sums += tl.sum(tl.where(chosen, of_key[None, :], 0.0), 1)
         if weights is not None:
             grad_scores *= soft
         accumulator = dot(grad_scores.to(k.dtype), k, accumulator, PRECISION, UPCAST)
-    store_tokens(
-        grad_query, grad_query_strides, batch, head, q_at, q_exists, (0, 0, 0), (1, 1, 1),
-        accumulator * scale, D, BLOCK_D, LARGE,
+    store_vectors(
+        grad_query, (heads * D, D), first, head, token, exists, accumulator * scale,
+        D, BLOCK_D, LARGE, ALIGN,
     )  # fmt: skip
     if weight_sums is not None:
         weight_sums += tl.program_id(0).to(tl.int64) * TOPK
         tl.store(weight_sums + tl.arange(0, TOPK), sums)
 
 
-@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit(do_not_specialize=SIZES)
 def key_value_kernel(
     query, key, value, weights, logsumexp, delta, grad_output,
     entries,  # (B, regions * topk): entries of an image's table, sorted by the region they name
     starts,  # (B, regions + 1): where those that name a region begin
     grad_key, grad_value,  # results
-    query_strides, key_strides, value_strides, logsumexp_strides,
-    grad_output_strides, grad_key_strides, grad_value_strides,
-    lengths, key_lengths, region_grid, topk,
+    query_strides, key_strides, value_strides, grad_output_strides,
+    height, width, key_height, key_width, topk,
     heads, tiles,  # of keys
     scale,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GRID: tl.constexpr, GROUP: tl.constexpr,
+    KEY_TILE: tl.constexpr, KEY_FULL: tl.constexpr,
+    TILE: tl.constexpr, FULL: tl.constexpr, SLOTS: tl.constexpr, WHOLE: tl.constexpr,  # of queries
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    regions = region_grid[0] * region_grid[1]
-    tile, region, key_head, batch = locate(tl.program_id(0), tiles, regions, heads)
-    token = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    k_exists = token < key_lengths[0] * key_lengths[1]
-    k_at = region_tokens(region, token, region_grid, key_lengths)
-    k = load_tokens(
-        key, key_strides, batch, key_head, k_at, k_exists, (0, 0, 0), (1, 1, 1),
-        D, BLOCK_D, LARGE,
+    BLOCK: tl.constexpr = KEY_TILE[0] * KEY_TILE[1]
+    REGIONS: tl.constexpr = GRID[0] * GRID[1]
+    k_tile, region, key_head, batch = locate(tl.program_id(0), tiles, REGIONS, heads)
+    k_index = tl.arange(0, BLOCK)
+    k_token, k_exists = tokens_of(region, k_tile, k_index, key_height, key_width, GRID, KEY_TILE)
+    if KEY_FULL:
+        k_exists = None
+    first = batch.to(tl.int64) * (height * width * REGIONS)
+    key_first = batch.to(tl.int64) * (key_height * key_width * REGIONS)
+    k = load_vectors(
+        key, key_strides, key_first, key_head, k_token, k_exists, D, BLOCK_D, LARGE, ALIGN
+    )
+    v = load_vectors(
+        value, value_strides, key_first, key_head, k_token, k_exists,
+        VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
     )  # fmt: skip
-    v = load_tokens(
-        value, value_strides, batch, key_head, k_at, k_exists, (0, 0, 0), (1, 1, 1),
-        VALUE_D, BLOCK_VALUE_D, LARGE,
-    )  # fmt: skip
-    k_accumulator = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    v_accumulator = tl.zeros([BLOCK_N, BLOCK_VALUE_D], tl.float32)
-    starts += batch.to(tl.int64) * (regions + 1) + region
+    k_accumulator = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    v_accumulator = tl.zeros([BLOCK, BLOCK_VALUE_D], tl.float32)
+    starts += batch.to(tl.int64) * (REGIONS + 1) + region
     begin = tl.load(starts)
-    tokens = lengths[0] * lengths[1]
-    queries = (tl.load(starts + 1) - begin) * tokens
-    table = batch.to(tl.int64) * regions * topk
-    steps = tl.cdiv(queries, BLOCK_M)
+    count = tl.load(starts + 1) - begin
+    table = batch.to(tl.int64) * REGIONS * topk
+    steps = steps_of(count, height, width, TILE, SLOTS, WHOLE)
     for step in range(GROUP * steps):
-        head = key_head * GROUP + step // steps
-        index = step % steps * BLOCK_M + tl.arange(0, BLOCK_M)
-        q_exists = index < queries
-        entry = tl.load(entries + table + begin + index // tokens, mask=q_exists, other=0)
-        q_at = region_tokens(entry // topk, index % tokens, region_grid, lengths)
-        q = load_tokens(
-            query, query_strides, batch, head, q_at, q_exists, (0, 0, 0), (1, 1, 1),
-            D, BLOCK_D, LARGE,
-        )  # fmt: skip
-        grad = load_tokens(
-            grad_output, grad_output_strides, batch, head, q_at, q_exists, (0, 0, 0), (1, 1, 1),
-            VALUE_D, BLOCK_VALUE_D, LARGE,
-        )  # fmt: skip
-        row_logsumexp = load_rows(
-            logsumexp, logsumexp_strides, batch, head, q_at, q_exists, (0, 0, 0), (1, 1, 1),
-            float("inf"), LARGE,
-        )  # fmt: skip
-        row_delta = load_rows(
-            delta, logsumexp_strides, batch, head, q_at, q_exists, (0, 0, 0), (1, 1, 1),
-            0.0, LARGE,
+        if GROUP == 1:
+            head = key_head
+            at = step
+        else:
+            head = key_head * GROUP + step // steps
+            at = step % steps
+        slot, tile, index = walk(at, count, height, width, TILE, SLOTS, WHOLE)
+        entry = tl.load(entries + table + begin + tl.minimum(slot, count - 1))
+        token, exists = tokens_of(entry // topk, tile, index, height, width, GRID, TILE)
+        if SLOTS > 1:
+            exists = exists & (slot < count)
+        if FULL:
+            exists = None
+        q, grad, row_logsumexp, row_delta = load_queries(
+            query, grad_output, logsumexp, delta, query_strides, grad_output_strides,
+            first, heads * GROUP, head, token, exists,
+            D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE, ALIGN,
         )  # fmt: skip
         # Transposed, keys are rows, so that the last two products take the weights as they are.
-        scores = dot(k, tl.trans(q), None, PRECISION, UPCAST) * (scale * LOG2E)
+        scores = dot(k, tl.trans(q), None, PRECISION, UPCAST)
         grad_attention = dot(v, tl.trans(grad), None, PRECISION, UPCAST)
         if weights is not None:
-            soft = load_weights(weights, table + entry, q_exists)[None, :]
+            soft = tl.load(weights + table + entry).to(tl.float32)
+            if SLOTS > 1:
+                soft = soft[None, :]
             scores *= soft
             grad_attention *= soft
-        attention = tl.exp2(scores - row_logsumexp[None, :])
+        attention = tl.exp2(scores * (scale * LOG2E) - row_logsumexp[None, :])
         grad_scores = attention * (grad_attention - row_delta[None, :])
         if weights is not None:
             attention *= soft
             grad_scores *= soft
         v_accumulator = dot(attention.to(grad.dtype), grad, v_accumulator, PRECISION, UPCAST)
         k_accumulator = dot(grad_scores.to(q.dtype), q, k_accumulator, PRECISION, UPCAST)
-    store_tokens(
-        grad_key, grad_key_strides, batch, key_head, k_at, k_exists, (0, 0, 0), (1, 1, 1),
-        k_accumulator * scale, D, BLOCK_D, LARGE,
+    store_vectors(
+        grad_key, (heads * D, D), key_first, key_head, k_token, k_exists, k_accumulator * scale,
+        D, BLOCK_D, LARGE, ALIGN,
     )  # fmt: skip
-    store_tokens(
-        grad_value, grad_value_strides, batch, key_head, k_at, k_exists, (0, 0, 0), (1, 1, 1),
-        v_accumulator, VALUE_D, BLOCK_VALUE_D, LARGE,
+    store_vectors(
+        grad_value, (heads * VALUE_D, VALUE_D), key_first, key_head, k_token, k_exists,
+        v_accumulator, VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """Bi-level routing attention, forward: one program computes a tile of one region's queries.
 
 All queries of a region attend to the same keys: those of the regions in its row of the routing
-table. They are walked over as one list of topk x (tokens of a region) keys, whose addresses are
-computed through the table, so that a tile of keys is full however small the regions are.
+table, which the program walks over. A tile of keys lies within one region, so that one entry of
+the table places the whole tile; where regions are smaller than a tile, it takes several of them.
 """
 
 from __future__ import annotations
@@ -10,24 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vitarium.ops.kernels.common import (
-    LOG2E,
-    dot,
-    load_tokens,
-    softmax_step,
-    store_rows,
-    store_tokens,
-)
+from vitarium.ops.kernels.common import LOG2E, dot, softmax_step
+from vitarium.ops.kernels.rows import load_vectors, store_numbers, store_vectors
 
-UNALIGNED = ["lengths", "key_lengths", "region_grid", "topk", "heads", "tiles"]
-
-
-@triton.jit
-def region_tokens(region, token, region_grid, lengths):
-    """Position (z, y, x) of tokens, counted within regions of `lengths` tokens, on the map."""
-    y = region // region_grid[1] * lengths[0] + token // lengths[1]
-    x = region % region_grid[1] * lengths[1] + token % lengths[1]
-    return y * 0, y, x
+# What varies with the map: values for which nothing is compiled anew.
+SIZES = ["height", "width", "key_height", "key_width", "topk", "heads", "tiles"]
 
 
 @triton.jit
@@ -41,80 +28,120 @@ def locate(program, tiles, regions, heads):
 
 
 @triton.jit
-def listed_keys(routing, row, index, topk, region_grid, lengths):
-    """Keys number `index` of the list that a row of the table stands for.
+def walk(step, count, height, width, TILE: tl.constexpr, SLOTS: tl.constexpr, WHOLE: tl.constexpr):
+    """A step of the walk over `count` listed regions of height x width tokens.
 
-    Returns their position, whether they are in the list, and their entry in the table. An entry
-    out of range counts as the nearest region, so that nothing outside of the map is read.
+    Returns places in the list, tiles of these regions, and tokens of the tiles. A step takes SLOTS
+    regions, all of them if WHOLE, or else, SLOTS being 1, one tile of one region.
     """
-    tokens = lengths[0] * lengths[1]
-    present = index < topk * tokens
-    entry = row.to(tl.int64) * topk + tl.minimum(index // tokens, topk - 1)
-    region = tl.load(routing + entry, mask=present, other=0)
-    region = tl.minimum(tl.maximum(region, 0), region_grid[0] * region_grid[1] - 1).to(tl.int32)
-    return region_tokens(region, index % tokens, region_grid, lengths), present, entry
+    index = tl.arange(0, SLOTS * TILE[0] * TILE[1])
+    if SLOTS > 1:
+        size: tl.constexpr = TILE[0] * TILE[1]
+        return step * SLOTS + index // size, 0, index % size
+    elif WHOLE:
+        return step, 0, index
+    else:
+        tiles = tl.cdiv(height, TILE[0]) * tl.cdiv(width, TILE[1])
+        return step // tiles, step % tiles, index
 
 
 @triton.jit
-def load_weights(weights, entry, present):
-    """Soft routing weights of entries, 0 where there is none."""
-    return tl.load(weights + entry, mask=present, other=0.0).to(tl.float32)
+def steps_of(count, height, width, TILE: tl.constexpr, SLOTS: tl.constexpr, WHOLE: tl.constexpr):
+    """Number of steps of `walk`."""
+    if WHOLE:
+        return tl.cdiv(count, SLOTS)
+    else:
+        return count * tl.cdiv(height, TILE[0]) * tl.cdiv(width, TILE[1])
 
 
-@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit
+def tokens_of(region, tile, index, height, width, GRID: tl.constexpr, TILE: tl.constexpr):
+    """Numbers on the map of tokens of a region's tile, and which of them exist."""
+    across = tl.cdiv(width, TILE[1])
+    y = tile // across * TILE[0] + index // TILE[1]
+    x = tile % across * TILE[1] + index % TILE[1]
+    origin = (region // GRID[1] * height * GRID[1] + region % GRID[1]) * width
+    return origin + (y * (width * GRID[1]) + x), (y < height) & (x < width)
+
+
+@triton.jit
+def keys_of_step(
+    routing, row, step, topk, height, width, GRID: tl.constexpr, TILE: tl.constexpr,
+    SLOTS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Tokens of the regions in a row of the table, which exist, their entries and their slots.
+
+    An entry out of range counts as the nearest region, so that nothing outside of the map is read.
+    """
+    slot, tile, index = walk(step, topk, height, width, TILE, SLOTS, WHOLE)
+    entry = row.to(tl.int64) * topk + tl.minimum(slot, topk - 1)
+    region = tl.load(routing + entry)
+    region = tl.minimum(tl.maximum(region, 0), GRID[0] * GRID[1] - 1).to(tl.int32)
+    token, present = tokens_of(region, tile, index, height, width, GRID, TILE)
+    if SLOTS > 1:
+        present = present & (slot < topk)
+    return token, present, entry, slot
+
+
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     query, key, value,
     routing, weights,  # (B * regions, topk), contiguous; weights None: there are none
-    output, logsumexp,  # results
-    query_strides, key_strides, value_strides,  # (batch, z, y, x, head, channel)
-    output_strides, logsumexp_strides,
-    lengths, key_lengths,  # of a region of queries and of keys, (y, x)
-    region_grid, topk, heads,
+    output, logsumexp,  # results, contiguous
+    query_strides, key_strides, value_strides,  # (token, head)
+    height, width, key_height, key_width,  # of a region of queries and of keys, in tokens
+    topk, heads,
     tiles,  # of a region's queries
     scale,  # positive
+    GRID: tl.constexpr,  # regions (down, across)
     GROUP: tl.constexpr,  # query heads per key head
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,  # tokens of a tile of queries, of keys
+    TILE: tl.constexpr, FULL: tl.constexpr,  # of queries; FULL: all tokens of all tiles exist
+    KEY_TILE: tl.constexpr, KEY_FULL: tl.constexpr, SLOTS: tl.constexpr, WHOLE: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    regions = region_grid[0] * region_grid[1]
-    tile, region, head, batch = locate(tl.program_id(0), tiles, regions, heads)
-    token = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    q_exists = token < lengths[0] * lengths[1]
-    q_at = region_tokens(region, token, region_grid, lengths)
-    q = load_tokens(
-        query, query_strides, batch, head, q_at, q_exists, (0, 0, 0), (1, 1, 1),
-        D, BLOCK_D, LARGE,
-    )  # fmt: skip
-    maximum = tl.full([BLOCK_M], -1e30, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    accumulator = tl.zeros([BLOCK_M, BLOCK_VALUE_D], tl.float32)
-    row = batch * regions + region
-    for first in range(0, topk * key_lengths[0] * key_lengths[1], BLOCK_N):
-        index = first + tl.arange(0, BLOCK_N)
-        k_at, k_exists, entry = listed_keys(routing, row, index, topk, region_grid, key_lengths)
-        k = load_tokens(
-            key, key_strides, batch, head // GROUP, k_at, k_exists, (0, 0, 0), (1, 1, 1),
-            D, BLOCK_D, LARGE,
-        )  # fmt: skip
-        v = load_tokens(
-            value, value_strides, batch, head // GROUP, k_at, k_exists, (0, 0, 0), (1, 1, 1),
-            VALUE_D, BLOCK_VALUE_D, LARGE,
+    BLOCK: tl.constexpr = TILE[0] * TILE[1]
+    REGIONS: tl.constexpr = GRID[0] * GRID[1]
+    tile, region, head, batch = locate(tl.program_id(0), tiles, REGIONS, heads)
+    token, exists = tokens_of(region, tile, tl.arange(0, BLOCK), height, width, GRID, TILE)
+    if FULL:
+        exists = None
+    first = batch.to(tl.int64) * (height * width * REGIONS)
+    key_first = batch.to(tl.int64) * (key_height * key_width * REGIONS)
+    q = load_vectors(query, query_strides, first, head, token, exists, D, BLOCK_D, LARGE, ALIGN)
+    maximum = tl.full([BLOCK], -1e30, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    accumulator = tl.zeros([BLOCK, BLOCK_VALUE_D], tl.float32)
+    row = batch * REGIONS + region
+    for step in range(steps_of(topk, key_height, key_width, KEY_TILE, SLOTS, WHOLE)):
+        k_token, k_exists, entry, _ = keys_of_step(
+            routing, row, step, topk, key_height, key_width, GRID, KEY_TILE, SLOTS, WHOLE
+        )
+        if KEY_FULL:
+            k_exists = None
+        k = load_vectors(
+            key, key_strides, key_first, head // GROUP, k_token, k_exists, D, BLOCK_D, LARGE, ALIGN
+        )
+        v = load_vectors(
+            value, value_strides, key_first, head // GROUP, k_token, k_exists,
+            VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
         )  # fmt: skip
         scores = dot(q, tl.trans(k), None, PRECISION, UPCAST)
         if weights is not None:
-            soft = load_weights(weights, entry, k_exists)
-            scores *= soft[None, :]
-            v = (v.to(tl.float32) * soft[:, None]).to(v.dtype)
-        scores = tl.where(k_exists[None, :], scores, float("-inf"))
+            soft = tl.load(weights + entry).to(tl.float32)
+            if SLOTS == 1:
+                scores *= soft
+                v = (v.to(tl.float32) * soft).to(v.dtype)
+            else:
+                scores *= soft[None, :]
+                v = (v.to(tl.float32) * soft[:, None]).to(v.dtype)
+        if not KEY_FULL:
+            scores = tl.where(k_exists[None, :], scores, float("-inf"))
         maximum, total, accumulator = softmax_step(
             scores, v, maximum, total, accumulator, scale * LOG2E, PRECISION, UPCAST
         )
-    store_tokens(
-        output, output_strides, batch, head, q_at, q_exists, (0, 0, 0), (1, 1, 1),
-        accumulator / total[:, None], VALUE_D, BLOCK_VALUE_D, LARGE,
+    store_vectors(
+        output, (heads * VALUE_D, VALUE_D), first, head, token, exists,
+        accumulator / total[:, None], VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
     )  # fmt: skip
-    store_rows(
-        logsumexp, logsumexp_strides, batch, head, q_at, q_exists, (0, 0, 0), (1, 1, 1),
-        maximum + tl.log2(total), LARGE,
-    )  # fmt: skip
+    store_numbers(logsumexp, first, heads, head, token, exists, maximum + tl.log2(total), LARGE)

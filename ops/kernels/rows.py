@@ -1,0 +1,155 @@
+"""Maps as rows of tokens: what kernels share whose tiles are addressed by the number of a token.
+
+Tokens of a map count in raster order, and the tokens of all images lie at equal distances, so that
+two strides, (token, head), and the channels' 1 address a tensor of any number of images and any
+size of map: nothing here makes the compiler distinguish maps by their size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LARGEST_OFFSET = 1 << 31  # that 32 bits do not hold
+
+
+def by_token(tensor: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """A map `(B, *spatial, heads, channels)` and its strides (token, head).
+
+    Maps whose channels do not lie next to each other, or whose tokens not at equal distances, are
+    copied: reading these in place costs a GPU more than the copy.
+    """
+    *sizes, heads, channels = tensor.shape
+    *strides, head, channel = tensor.stride()
+    token = step = None
+    for size, stride in zip(reversed(sizes), reversed(strides)):
+        if size == 1:
+            continue
+        if step is not None and stride != step:
+            break
+        token = stride if token is None else token
+        step = stride * size
+    else:
+        if channel == 1 or channels == 1:
+            return tensor, (heads * channels if token is None else token, head)
+    return tensor.contiguous(), (heads * channels, channels)
+
+
+def row_arguments(widths: dict[str, Any], **maps: Tensor) -> dict[str, Any]:
+    """Arguments of kernels about maps: tensors, their strides, and what the compiler is told.
+
+    Args:
+        widths: of heads, from `launch.widths`; they are the strides of results, which are
+            contiguous.
+        maps: `(B, *spatial, heads, channels)` by name.
+    """
+    found: dict[str, Any] = {}
+    align, most = math.gcd(16, widths["D"], widths["VALUE_D"]), 0
+    for name, tensor in maps.items():
+        found[name], (token, head) = by_token(tensor)
+        found[f"{name}_strides"] = token, head
+        align = math.gcd(align, token, head)
+        width = max(token, tensor.shape[-2] * max(widths["D"], widths["VALUE_D"]))
+        most = max(most, math.prod(tensor.shape[1:-2]) * width)
+    return {**found, **widths, "ALIGN": align, "LARGE": most >= LARGEST_OFFSET}
+
+
+@triton.jit
+def vectors(tensor, strides, first, head, token, BLOCK: tl.constexpr,
+            LARGE: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
+    """Pointers (tokens, BLOCK) to the vectors of one head.
+
+    `token` counts from the token number `first`, that of an image. LARGE: 32 bits do not hold an
+    offset within one image. ALIGN divides both strides, which the compiler would have to know to
+    load several channels at once.
+    """
+    if LARGE:
+        token = token.to(tl.int64)
+    base = tl.multiple_of(first.to(tl.int64) * strides[0] + head * strides[1], ALIGN)
+    offset = tl.multiple_of(token * strides[0], ALIGN)
+    return tensor + base + (offset[:, None] + tl.arange(0, BLOCK)[None, :])
+
+
+@triton.jit
+def vector_mask(present, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Which elements of vectors exist; `present` is None where all tokens do."""
+    channels = (tl.arange(0, BLOCK) < D)[None, :]
+    if present is None:
+        return channels
+    elif D == BLOCK:
+        return present[:, None]
+    else:
+        return present[:, None] & channels
+
+
+@triton.jit
+def load_vectors(tensor, strides, first, head, token, present, D: tl.constexpr, BLOCK: tl.constexpr,
+                 LARGE: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
+    """Vectors of tokens, (tokens, BLOCK); zero where `present` is false and beyond D."""
+    source = vectors(tensor, strides, first, head, token, BLOCK, LARGE, ALIGN)
+    if present is None and D == BLOCK:
+        return tl.load(source)
+    else:
+        return tl.load(source, mask=vector_mask(present, D, BLOCK), other=0.0)
+
+
+@triton.jit
+def store_vectors(tensor, strides, first, head, token, present, rows, D: tl.constexpr,
+                  BLOCK: tl.constexpr, LARGE: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
+    """Writes what `load_vectors` reads, in the tensor's dtype."""
+    target = vectors(tensor, strides, first, head, token, BLOCK, LARGE, ALIGN)
+    rows = rows.to(tensor.dtype.element_ty)
+    if present is None and D == BLOCK:
+        tl.store(target, rows)
+    else:
+        tl.store(target, rows, mask=vector_mask(present, D, BLOCK))
+
+
+@triton.jit
+def numbers(tensor, first, heads, head, token, LARGE: tl.constexpr):
+    """Pointers to one number per token of a contiguous tensor `(B, *spatial, heads)`."""
+    if LARGE:
+        token = token.to(tl.int64)
+    return tensor + (first.to(tl.int64) * heads + head) + token * heads
+
+
+@triton.jit
+def load_numbers(tensor, first, heads, head, token, present, other, LARGE: tl.constexpr):
+    """One number per token, `other` where `present` is false."""
+    source = numbers(tensor, first, heads, head, token, LARGE)
+    if present is None:
+        return tl.load(source)
+    else:
+        return tl.load(source, mask=present, other=other)
+
+
+@triton.jit
+def store_numbers(tensor, first, heads, head, token, present, values, LARGE: tl.constexpr):
+    """Writes what `load_numbers` reads."""
+    tl.store(numbers(tensor, first, heads, head, token, LARGE), values, mask=present)
+
+
+@triton.jit
+def load_queries(
+    query, grad_output, logsumexp, delta, query_strides, grad_output_strides,
+    first, heads, head, token, present,
+    D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
+    LARGE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """What the gradient of the scores needs of queries; their weights are 0 where absent.
+
+    Query, gradient of the output, base-2 log-sum-exp of the scores, and delta, the sum of a row's
+    weights times their gradients.
+    """
+    q = load_vectors(query, query_strides, first, head, token, present, D, BLOCK_D, LARGE, ALIGN)
+    grad = load_vectors(
+        grad_output, grad_output_strides, first, head, token, present,
+        VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
+    )  # fmt: skip
+    row_logsumexp = load_numbers(logsumexp, first, heads, head, token, present, float("inf"), LARGE)
+    row_delta = load_numbers(delta, first, heads, head, token, present, 0.0, LARGE)
+    return q, grad, row_logsumexp, row_delta

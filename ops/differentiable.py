@@ -57,13 +57,12 @@ class Differentiable:
             one is never None and gives the output its dtype and device. Tensors of integers or
             booleans have no gradient.
         arguments: schema of the others, such as "int[] kernel_size, float scale".
-        forward: `(*tensors, *arguments, fused)` to the output and one tensor that the backward
-            wants, which may be empty.
+        forward: `(*tensors, *arguments, fused)` to the output and one float32 tensor that the
+            backward wants, which may be empty.
         backward: `(grad, *tensors, output, saved, *arguments, fused, needs)` to one gradient per
             tensor, or None where `needs`, a sequence of booleans, is false.
         output_shape, saved_shape: `(*tensors, *arguments, fused)` to the shapes of what `forward`
             returns.
-        saved_dtype: likewise; float32 by default.
         flops, backward_flops: `(*tensors, *arguments)` to 2 x multiply-adds, tensors replaced by
             their shapes; the backward's includes what is computed again.
     """
@@ -78,7 +77,6 @@ class Differentiable:
         backward: Callable[..., Sequence[Tensor | None]],
         output_shape: Callable[..., Shape],
         saved_shape: Callable[..., Shape],
-        saved_dtype: Callable[..., torch.dtype] = lambda *args: torch.float32,
         flops: Callable[..., int],
         backward_flops: Callable[..., int],
     ) -> None:
@@ -87,7 +85,6 @@ class Differentiable:
         self.backward = backward
         self._output_shape = output_shape
         self._saved_shape = saved_shape
-        self._saved_dtype = saved_dtype
         self.count = count = len(_names(tensors))
         rest = f"{arguments}, bool fused"
         self._operator = torch.library.custom_op(
@@ -120,18 +117,21 @@ class Differentiable:
         dispatch.register_flops(self._backward_operator)(count_backward)
 
     def __call__(self, *args: Any, fused: bool) -> Tensor:
-        """The output; `args` are the tensors and the other arguments.
-
-        Where nobody could look at the custom operator, the way to its implementation is shorter.
-        """
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        """The output; `args` are the tensors and the other arguments."""
+        if not self.direct(args):
             return self._operator(*args, fused)[0]
-        tensors = [arg for arg in args[: self.count] if arg is not None]
-        if not all(type(t) in ORDINARY and t.device.type != "meta" for t in tensors):
-            return self._operator(*args, fused)[0]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        if torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in args[: self.count]
+        ):
             return _Direct.apply(self, *args, fused)
         return self.forward(*args, fused)[0]
+
+    def direct(self, args: Sequence[Any]) -> bool:
+        """Whether the way past the custom operator may be taken: nobody would see it."""
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return False
+        tensors = [tensor for tensor in args[: self.count] if tensor is not None]
+        return all(type(t) in ORDINARY and t.device.type != "meta" for t in tensors)
 
     def implementations(
         self,
@@ -163,7 +163,7 @@ class Differentiable:
     def _fake(self, *args: Any) -> tuple[Tensor, Tensor]:
         like = args[0]
         output = like.new_empty(self._output_shape(*args))
-        return output, like.new_empty(self._saved_shape(*args), dtype=self._saved_dtype(*args))
+        return output, like.new_empty(self._saved_shape(*args), dtype=torch.float32)
 
     def _fake_backward(self, grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         tensors, needs = args[: self.count], args[-1]

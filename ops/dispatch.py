@@ -239,11 +239,6 @@ def recording() -> Iterator[list[Call]]:
         _recorded = previous
 
 
-def is_recording() -> bool:
-    """Whether calls of operators are noted."""
-    return _recorded is not None
-
-
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitarium.ops import dispatch
+from vitarium.ops import dispatch, whole_windows
 from vitarium.ops.differentiable import Differentiable
-from vitarium.ops.tiled import attend, attend_backward, attend_plain, path, saved_weights
+from vitarium.ops.tiled import attend, attend_backward, attend_plain, path
 from vitarium.ops.windows import (
     Block,
     Pattern,
@@ -136,12 +136,11 @@ class LocalAttention(Differentiable):
         super().__init__(
             name,
             tensors="Tensor query, Tensor key, Tensor value, Tensor? bias",
-            arguments=f"{fields}, float scale, bool keep",
+            arguments=f"{fields}, float scale",
             forward=self._attend,
             backward=self._attend_backward,
             output_shape=lambda query, key, value, *_: (*query.shape[:-1], value.shape[-1]),
-            saved_shape=self._saved_size,
-            saved_dtype=lambda query, *arguments: torch.float32 if arguments[-1] else query.dtype,
+            saved_shape=lambda query, *arguments: query.shape[:-1] if arguments[-1] else (0,),
             flops=self._flops,
             backward_flops=self._backward_flops,
         )
@@ -150,13 +149,13 @@ class LocalAttention(Differentiable):
         )
 
     def __call__(self, *args: Any, fused: bool) -> Tensor:
-        """The output; weights are kept for the backward if one may follow."""
-        keep = (
-            torch.is_grad_enabled()
-            and any(isinstance(x, Tensor) and x.requires_grad for x in args[: self.count])
-            and not torch.compiler.is_compiling()  # how many there are is no formula of the sizes
-        )
-        return super().__call__(*args, keep, fused=fused)
+        """The output; a call that can be taken directly may be one for `whole_windows`."""
+        if not fused and self.direct(args):
+            query, key, value, bias, *pattern, scale = args
+            axes = tiles_for(tuple(query.shape[1:-2]), self._windows(pattern))
+            if whole_windows.serves(query, key, axes):
+                return whole_windows.attention(query, key, value, bias, axes, scale)
+        return super().__call__(*args, fused=fused)
 
     def _windows(self, pattern: Sequence[Sequence[int]]) -> tuple[Pattern, ...]:
         return tuple(map(self._pattern, *pattern))
@@ -188,32 +187,20 @@ class LocalAttention(Differentiable):
         ]
         return attend_plain(query, key, value, bias, axes, scale)
 
-    def _saved_size(self, query: Tensor, *arguments: Any) -> Sequence[int]:
-        """From the kernel the base-2 log-sum-exp, from the portable path the weights or nothing."""
-        *pattern, _, keep, fused = arguments[3:]
-        if fused:
-            return query.shape[:-1]
-        if not keep:
-            return (0,)
-        spatial = tuple(map(int, query.shape[1:-2]))
-        return (saved_weights(query, tiles_for(spatial, self._windows(pattern))),)
-
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *arguments: Any
     ) -> tuple[Tensor, Tensor]:
-        """The output and what is saved for the backward."""
-        *pattern, scale, keep, fused = arguments
+        """The output, and from the kernel the base-2 log-sum-exp `(B, *spatial, num_heads)`."""
+        *pattern, scale, fused = arguments
         windows = self._windows(pattern)
         if fused:
             from vitarium.ops.kernels import local as kernels
 
             return kernels.forward(query, key, value, bias, windows, scale)
-        spatial = tuple(query.shape[1:-2])
-        count = saved_weights(query, tiles_for(spatial, windows)) if keep else 0
-        saved = query.new_empty(count)
-        way = "tiles" if count else path(query, value, windows)
-        axes = tiles_for(spatial, windows, way)
-        return attend(query, key, value, bias, axes, scale, way, saved), saved
+        way = path(query, value, windows)
+        axes = tiles_for(tuple(query.shape[1:-2]), windows, way)
+        output = attend(query, key, value, bias, axes, scale, way)
+        return output, query.new_empty(0, dtype=torch.float32)
 
     def _attend_backward(
         self,
@@ -223,30 +210,30 @@ class LocalAttention(Differentiable):
         value: Tensor,
         bias: Tensor | None,
         output: Tensor,
-        saved: Tensor,
+        logsumexp: Tensor,
         *arguments: Any,
     ) -> tuple[Tensor, ...]:
-        *pattern, scale, _, fused, needs = arguments
+        *pattern, scale, fused, needs = arguments
         windows = self._windows(pattern)
         if fused:
             from vitarium.ops.kernels import local as kernels
 
             return kernels.backward(
-                grad, query, key, value, bias, output, saved, windows, scale, needs[3]
+                grad, query, key, value, bias, output, logsumexp, windows, scale, needs[3]
             )
         axes = tiles_for(tuple(query.shape[1:-2]), windows)
-        return attend_backward(grad, query, key, value, bias, axes, scale, needs[3], saved)
+        return attend_backward(grad, query, key, value, bias, axes, scale, needs[3])
 
     def _pairs(self, query: Any, pattern: Sequence[Sequence[int]]) -> int:
         batch, *spatial, num_heads, _ = query
         return batch * num_heads * pairs_seen(tuple(spatial), self._windows(pattern))
 
     def _flops(self, query: Any, key: Any, value: Any, bias: Any, *arguments: Any) -> int:
-        return 2 * self._pairs(query, arguments[:-2]) * (query[-1] + value[-1])
+        return 2 * self._pairs(query, arguments[:-1]) * (query[-1] + value[-1])
 
     def _backward_flops(self, query: Any, key: Any, value: Any, bias: Any, *arguments: Any) -> int:
         """Three products over head_dim (scores again, query, key) and two over value_dim.
 
-        The portable path spares the first where it keeps the weights.
+        The portable path spares the first where it keeps the weights of small windows.
         """
-        return 2 * self._pairs(query, arguments[:-2]) * (3 * query[-1] + 2 * value[-1])
+        return 2 * self._pairs(query, arguments[:-1]) * (3 * query[-1] + 2 * value[-1])

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitarium.ops import dispatch
+from vitarium.ops.packed import joint
 
 MixerSpec = str | Sequence[Any]  # "neighborhood" or ("neighborhood", {"dilation": 8})
 
@@ -234,7 +235,10 @@ def qkv_heads(
     With `context` keys and values are those of its tokens.
     """
     if context is None:
-        query, key, value = qkv(x).unflatten(-1, (3, num_heads, -1)).unbind(-3)
+        parts = qkv(x).unflatten(-1, (3, num_heads, -1))
+        if parts.requires_grad and not torch.compiler.is_compiling() and not dispatch.plain_aten():
+            return _Parts.apply(parts)
+        query, key, value = parts.unbind(-3)
         return query, key, value
     dim = qkv.out_features // 3
     bias = (None, None) if qkv.bias is None else (qkv.bias[:dim], qkv.bias[dim:])
@@ -243,6 +247,21 @@ def qkv_heads(
         F.linear(context, qkv.weight[dim:], bias[1]).unflatten(-1, (2, num_heads, -1)).unbind(-3)
     )
     return query, key, value
+
+
+class _Parts(torch.autograd.Function):
+    """`x.unbind(-3)`, whose gradient is not put together where it lies together already."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
+        return x.unbind(-3)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        whole = None if torch.is_grad_enabled() else joint(*grads)
+        if whole is None:
+            return torch.stack(grads, -3)
+        return whole.view(*grads[0].shape[:-2], len(grads), *grads[0].shape[-2:])
 
 
 def build_mixer(spec: MixerSpec, dim: int, **defaults: Any) -> Mixer:

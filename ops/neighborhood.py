@@ -385,6 +385,4 @@ def _launches() -> list[Case]:
     return found
 
 
-OPERATOR = Operator(
-    NAME, neighborhood_attention, _IMPLEMENTATIONS, CASES, _ATTENTION, _launches()
-)
+OPERATOR = Operator(NAME, neighborhood_attention, _IMPLEMENTATIONS, CASES, _ATTENTION, _launches())

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vitarium.ops.tiles import LEAD, Axis, fold, grid_view, map_views, part_geometry, tile_view
+from vitarium.ops.tiles import LEAD, Axis, fold, grid_view, map_views, tile_view
 from vitarium.ops.workspace import Workspace
 
 # Bytes of the scores of one chunk in float32. On a CPU they should stay near the second-level cache
@@ -69,7 +69,6 @@ class _Facts(NamedTuple):
         full: whether no position of a grid of queries, or of keys, is beyond the map.
         overlaps: whether a key is in several tiles, so that its gradient is a sum.
         single: whether there is one tile.
-        whole: whether tiles fill the map.
     """
 
     classes: tuple[int, ...]
@@ -79,7 +78,6 @@ class _Facts(NamedTuple):
     full: tuple[bool, bool]
     overlaps: bool
     single: bool
-    whole: bool
 
 
 @functools.lru_cache(maxsize=256)
@@ -92,12 +90,11 @@ def _facts(axes: tuple[Axis, ...]) -> _Facts:
         (all(axis.fills(False) for axis in axes), all(axis.fills(True) for axis in axes)),
         any(axis.halo != axis.tile for axis in axes),
         all(axis.classes == axis.tiles == 1 for axis in axes),
-        all(axis.halo == axis.tile and axis.fills(False) for axis in axes),
     )
 
 
 @functools.lru_cache(maxsize=1024)
-def _portioned(
+def portioned(
     sizes: tuple[int, int, int, int], axes: tuple[Axis, ...], limit: int, strips: bool
 ) -> tuple[list[tuple[int, int]], list[Chunk]]:
     """Bands and chunks whose scores take at most `limit` bytes, if possible.
@@ -136,13 +133,13 @@ class Plan:
 
     def __init__(self, query: Tensor, axes: Sequence[Axis], *, strips: bool = False) -> None:
         self.axes = axes = tuple(axes)
-        self.classes, self.tile, self.halo, self.plain, self.full, self.overlaps, self.single, _ = (
+        self.classes, self.tile, self.halo, self.plain, self.full, self.overlaps, self.single = (
             _facts(axes)
         )
         limit = CPU_CHUNK if query.device.type == "cpu" else DEVICE_CHUNK
-        limit = limit * (4 if self.overlaps else 8) // query.element_size()
+        limit = limit * 4 // query.element_size()
         sizes = query.shape[0], *query.shape[-2:], query.element_size()
-        self.bands, self.chunks = _portioned(sizes, axes, limit, strips)
+        self.bands, self.chunks = portioned(sizes, axes, limit, strips)
         self.work = Workspace(query)
         self.wide = torch.promote_types(query.dtype, torch.float32)
         self._cleared: set[str] = set()
@@ -251,66 +248,3 @@ class Plan:
                 total = self.work.take(f"fold {i}", shape, grid.dtype)
             fold(total, halos, axis, place, fresh=not last or len(self.bands) == 1)
             halos = total
-
-
-class WholeWindows(Plan):
-    """A plan for tiles that fill the map: tokens go straight from it into tiles and back.
-
-    What other plans call a grid is the map itself, `(images, heads, *spatial, channels)`.
-    """
-
-    def _grid_of(self, name: str, x: Tensor, *, keys: bool, fill: bool) -> Tensor:
-        return x
-
-    def sums_of(self, name: str, x: Tensor) -> Tensor:
-        return x
-
-    def finish(self, grid: Tensor, x: Tensor, chunk: Chunk, *, keys: bool = False) -> None:
-        pass
-
-    def queries(self, name: str, grid: Tensor, band: tuple[int, int]) -> Tensor:
-        shape, parts = part_geometry(grid.shape, grid.stride(), self.axes, band)
-        tiles = None
-        for part, strides, origin, inner, offset in parts:
-            source = grid.as_strided(part, strides, grid.storage_offset() + origin)
-            if tiles is None:
-                if len(parts) == 1 and source.is_contiguous():
-                    tiles = source
-                    break
-                tiles = self.work.take(name, shape, grid.dtype)
-            tiles.as_strided(part, inner, tiles.storage_offset() + offset).copy_(source)
-        return tiles.view(-1, math.prod(self.tile), grid.shape[-1])
-
-    keys = queries
-
-    def results(self, name: str, grid: Tensor, band: tuple[int, int]) -> Tensor:
-        shape, parts = part_geometry(grid.shape, grid.stride(), self.axes, band)
-        if len(parts) == 1:
-            part, strides, origin, *_ = parts[0]
-            tiles = grid.as_strided(part, strides, grid.storage_offset() + origin)
-        if len(parts) > 1 or not tiles.is_contiguous():
-            tiles = self.work.take(name, shape, grid.dtype)
-        return tiles.view(-1, math.prod(self.tile), grid.shape[-1])
-
-    def put_queries(
-        self, tiles: Tensor, grid: Tensor, band: tuple[int, int], sums: Tensor | None = None
-    ) -> None:
-        _, parts = part_geometry(grid.shape, grid.stride(), self.axes, band)
-        if sums is not None and len(parts) > 1:
-            tiles, sums = tiles.div_(sums), None
-        for part, strides, origin, inner, offset in parts:
-            target = grid.as_strided(part, strides, grid.storage_offset() + origin)
-            source = tiles.as_strided(part, inner, tiles.storage_offset() + offset)
-            if sums is not None:
-                torch.div(source, sums.view(*part[:-1], 1), out=target)
-            elif source.data_ptr() != target.data_ptr():
-                target.copy_(source)
-
-    def add_keys(self, tiles: Tensor, grid: Tensor, band: tuple[int, int]) -> None:
-        self.put_queries(tiles, grid, band)
-
-
-def plan_for(query: Tensor, axes: Sequence[Axis]) -> Plan:
-    """The plan of a call on these axes."""
-    facts = _facts(tuple(axes))
-    return (WholeWindows if facts.whole else Plan)(query, axes)

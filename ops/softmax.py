@@ -26,6 +26,9 @@ class Softmax:
         self.work = work
         self.dtype = like.dtype
         self.wide = torch.promote_types(like.dtype, torch.float32)
+        # Scores are exponents of two, in half precision once they are converted: so they are
+        # rounded like anybody's, and stay in its range.
+        self.factor = LOG2E if self.wide == like.dtype else 1.0
         # Whether scores seem small enough. Knowing that takes a look at the sums, for which a
         # device would have to be waited for.
         self.bounded = like.device.type == "cpu"
@@ -55,10 +58,10 @@ class Softmax:
         fill = table is not None and not half
         if fill:
             scores.view(*pairs, -1, *shape[1:]).copy_(table)
-        scores.baddbmm_(query, key.mT, beta=int(fill), alpha=scale * LOG2E)
+        scores.baddbmm_(query, key.mT, beta=int(fill), alpha=scale * self.factor)
         powers = scores
         if half:
-            powers = self.work.take("powers", shape, self.wide).copy_(scores)
+            powers = self.work.take("powers", shape, self.wide).copy_(scores).mul_(LOG2E)
             if table is not None:
                 powers.view(*pairs, -1, *shape[1:]).add_(table)
         if not self.bounded:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vitarium.ops.additive import Additive
-from vitarium.ops.plan import Plan, plan_for
+from vitarium.ops.plan import Plan
 from vitarium.ops.softmax import Softmax
 from vitarium.ops.strips import attend_strips
 from vitarium.ops.tiles import Axis, PlainAxis
@@ -18,44 +18,14 @@ from vitarium.ops.windows import Pattern, Window
 from vitarium.ops.workspace import LOG2E, negative
 
 STRIPS_PAY = 1500  # tokens of a map from which strips are faster
-DENSE_PAYS = 128  # keys of a single tile from which the fused attention is faster
-FEW_KEYS = 64  # of a tile: up to so many its weights are kept for the backward
-
-
-def saved_weights(query: Tensor, axes: Sequence[Axis]) -> int:
-    """How many weights the forward keeps for the backward: those of small windows, or none.
-
-    For windows of 7 x 7 they are about as large as query and key together.
-    """
-    pairs = math.prod(axis.tile * axis.halo for axis in axes)
-    if math.prod(axis.halo for axis in axes) > FEW_KEYS:
-        return 0
-    tiles = math.prod(axis.classes * axis.tiles for axis in axes)
-    return query.shape[0] * query.shape[-2] * tiles * pairs
-
-
-class _Kept:
-    """Kept weights, in the order in which forward and backward go through the tiles."""
-
-    def __init__(self, saved: Tensor) -> None:
-        self.saved = saved
-        self.used = 0
-
-    def take(self, shape: tuple[int, ...]) -> Tensor | None:
-        """The place of the next weights, or None where none are kept."""
-        if not len(self.saved):
-            return None
-        first, self.used = self.used, self.used + math.prod(shape)
-        return self.saved[first : self.used].view(shape)
 
 
 def path(query: Tensor, value: Tensor, windows: Sequence[Pattern]) -> str:
     """How `attend` goes about this call.
 
     PyTorch's fused attention for CPUs is slow in half precision. Where it is fast, large maps go
-    through it in "strips", and small ones as they are if one tile is cheapest ("dense") and not
-    very small. All else, window attention and every backward, is batched matrix products on
-    "tiles".
+    through it in "strips", and small ones as they are if one tile is cheapest ("dense"). All else,
+    window attention and every backward, is batched matrix products on "tiles".
     """
     serves = (
         query.device.type == "cpu"
@@ -77,7 +47,6 @@ def attend(
     axes: Sequence[Axis],
     scale: float,
     way: str,
-    saved: Tensor,
 ) -> Tensor:
     """Attention of every token to the keys that the axes' patterns show it.
 
@@ -89,18 +58,17 @@ def attend(
         axes: the tiles of every spatial axis, chosen for the way.
         scale: factor on the scores.
         way: what `path` says.
-        saved: where the weights go, `saved_weights` of them, or nothing.
 
     Returns:
         `(B, *spatial, num_heads, value_dim)`.
     """
     if way == "strips":
         return attend_strips(query, key, value, bias, axes, scale)
-    plan = plan_for(query, axes)
-    if way == "dense" and plan.single and math.prod(plan.halo) > DENSE_PAYS:
+    plan = Plan(query, axes)
+    if way == "dense" and plan.single:
         output = _attend_dense(plan, query, key, value, bias, scale)
     else:
-        output = _attend_tiles(plan, query, key, value, bias, scale, saved)
+        output = _attend_tiles(plan, query, key, value, bias, scale)
     plan.work.close()
     return output
 
@@ -130,12 +98,10 @@ def _attend_tiles(
     value: Tensor,
     bias: Tensor | None,
     scale: float,
-    saved: Tensor,
 ) -> Tensor:
     """Batched products of copied halos."""
     softmax = Softmax(query, plan.work)
     additive = Additive(plan.axes, bias, softmax.wide, plan.work, factor=LOG2E)
-    kept = _Kept(saved)
     output = query.new_empty(*query.shape[:-1], value.shape[-1])
     for chunk in plan.chunks:
         reader = Reader(plan, chunk, query, key, value)
@@ -143,9 +109,8 @@ def _attend_tiles(
         for band in plan.bands:
             reader.load(band)
             q, k = reader.tiles(0, "query"), reader.tiles(1, "halos")
-            out = kept.take((*q.shape[:2], k.shape[1]))
             table = additive.of(chunk.heads, band)
-            weights, sums = softmax.weights(q, k, scale, table, chunk.pairs, out)
+            weights, sums = softmax.weights(q, k, scale, table, chunk.pairs)
             v = reader.tiles(2, "halos")  # over the keys, which have served
             tiles = torch.bmm(weights, v, out=plan.results("output", result, band))
             plan.put_queries(tiles, result, band, sums)
@@ -162,20 +127,21 @@ def attend_backward(
     axes: Sequence[Axis],
     scale: float,
     bias_needs_grad: bool,
-    saved: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and bias (empty where it needs none) of `attend`.
 
-    Weights that `saved` does not hold are computed again, so that nothing larger than a chunk is
-    ever stored. Sums over tiles are kept in float32 at least.
+    The weights are computed again, so that nothing larger than a chunk is ever stored. Sums over
+    tiles are kept in float32 at least.
     """
-    plan = plan_for(query, axes)
+    plan = Plan(query, axes)
     softmax = Softmax(query, plan.work)
     additive = Additive(axes, bias, softmax.wide, plan.work, factor=LOG2E)
-    kept = _Kept(saved)
     work, dtype = plan.work, query.dtype
     group = query.shape[-2] // key.shape[-2]
-    grad_query, grad_key, grad_value = (_gradient(x, query) for x in (query, key, value))
+    heads = query.shape[-2:-1]
+    grad_query = query.new_empty(query.shape)
+    grad_key = key.new_empty(*key.shape[:-2], *heads, key.shape[-1])
+    grad_value = value.new_empty(*value.shape[:-2], *heads, value.shape[-1])
     grad_table = None
     if bias_needs_grad:
         grad_table = additive.no_grad(query.shape[-2], plan.wide)
@@ -191,11 +157,9 @@ def attend_backward(
             reader.load(band)
             q, k = reader.tiles(0, "query"), reader.tiles(1, "key")
             g = plan.queries("grad", grad_grid, band)
-            weights = kept.take((*q.shape[:2], k.shape[1]))
-            if weights is None:
-                table = additive.of(chunk.heads, band)
-                weights, sums = softmax.weights(q, k, scale, table, chunk.pairs)
-                weights = weights if sums is None else weights.div_(sums)
+            table = additive.of(chunk.heads, band)
+            weights, sums = softmax.weights(q, k, scale, table, chunk.pairs)
+            weights = weights if sums is None else weights.div_(sums)
             halo = work.take("value", (*k.shape[:2], value.shape[-1]), dtype)
             plan.add_keys(torch.bmm(weights.mT, g, out=halo), value_total, band)
             v = reader.tiles(2, "value")
@@ -227,19 +191,6 @@ def attend_backward(
     else:
         grad_bias = query.new_empty(0)
     return grad_query, grad_key, grad_value, grad_bias
-
-
-def _gradient(x: Tensor, query: Tensor) -> Tensor:
-    """Memory for a gradient, of all heads of the queries.
-
-    It is ordered as `x` is where that leaves the tokens of a head in line.
-    """
-    if x.shape[-2] == query.shape[-2]:
-        grad = torch.empty_like(x)
-        sizes, strides = grad.shape[2:-2], grad.stride()[1:-2]
-        if all(step == n * inner for step, n, inner in zip(strides, sizes, strides[1:])):
-            return grad
-    return x.new_empty(*x.shape[:-2], query.shape[-2], x.shape[-1])
 
 
 def attend_plain(

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -258,62 +257,6 @@ def _tile_geometry(
         (*strides[:place], *steps, *inner, strides[-1]),
         steps[0],
     )
-
-
-@functools.lru_cache(maxsize=1024)
-def part_geometry(
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    axes: tuple[Axis, ...],
-    band: tuple[int, int],
-) -> tuple[
-    tuple[int, ...], tuple[tuple[tuple[int, ...], tuple[int, ...], int, tuple[int, ...], int], ...]
-]:
-    """How a map `(images, heads, *spatial, channels)` that tiles fill lies in the tiles of a band.
-
-    Returns the shape of the tiles, `(images, heads, *classes, *tiles, *tile, channels)`, and of
-    each of their parts the shape, and strides and offset of it in the map and in the tiles.
-    """
-    classes = [axis.classes for axis in axes]
-    counts = [band[1] - band[0], *(axis.tiles for axis in axes[1:])]
-    whole = (*shape[:LEAD], *classes, *counts, *(axis.tile for axis in axes), shape[-1])
-    inner = tuple(math.prod(whole[i + 1 :]) for i in range(len(whole)))
-    rank = len(axes)
-    tiles_at, tile_at = LEAD + rank, LEAD + 2 * rank
-    found = []
-    for choice in itertools.product(*(axis.parts() for axis in axes)):
-        _, tile, tiles, *_ = choice[0]
-        begin, end = max(tile, band[0]), min(tile + tiles, band[1])
-        if begin >= end:
-            continue
-        origin = sum(token * step for (token, *_), step in zip(choice, strides[LEAD:]))
-        origin += (begin - tile) * axes[0].tile * axes[0].classes * strides[LEAD]
-        offset = sum(position * step for (*_, position, _), step in zip(choice, inner[tile_at:]))
-        offset += (begin - band[0]) * inner[tiles_at]
-        offset += sum(t * step for (_, t, *_), step in zip(choice[1:], inner[tiles_at + 1 :]))
-        steps = [axis.classes * stride for axis, stride in zip(axes, strides[LEAD:-1])]
-        found.append(
-            (
-                (
-                    *shape[:LEAD],
-                    *classes,
-                    end - begin,
-                    *(count for _, _, count, *_ in choice[1:]),
-                    *(length for *_, length in choice),
-                    shape[-1],
-                ),
-                (
-                    *strides[:-1],
-                    *(axis.tile * step for axis, step in zip(axes, steps)),
-                    *steps,
-                    strides[-1],
-                ),
-                origin,
-                inner,
-                offset,
-            )
-        )
-    return whole, tuple(found)
 
 
 def fold(total: Tensor, halos: Tensor, axis: Axis, place: int, *, fresh: bool) -> None:

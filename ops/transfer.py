@@ -11,27 +11,11 @@ import math
 
 from torch import Tensor
 
-from vitarium.ops.plan import Chunk, Plan, WholeWindows
+from vitarium.ops.packed import joint
+from vitarium.ops.plan import Chunk, Plan
 from vitarium.ops.tiles import tile_view
 
 Band = tuple[int, int]
-
-
-def joint(*maps: Tensor) -> Tensor | None:
-    """Maps that lie side by side as one `(B, *spatial, 1, maps * heads * channels)`, or None."""
-    first = maps[0]
-    heads, channels = first.shape[-2:]
-    strides, size = first.stride(), heads * channels
-    if heads < 2 or strides[-2:] != (channels, 1) or not first.numel():
-        return None
-    storage = first.untyped_storage().data_ptr()
-    for number, x in enumerate(maps):
-        alike = x.shape == first.shape and x.stride() == strides
-        place = first.storage_offset() + number * size
-        if not alike or x.storage_offset() != place or x.untyped_storage().data_ptr() != storage:
-            return None
-    shape = (*first.shape[:-2], 1, len(maps) * size)
-    return first.as_strided(shape, (*strides[:-2], 0, 1))
 
 
 class Reader:
@@ -41,11 +25,7 @@ class Reader:
         self.plan = plan
         self.heads = query.shape[-2]
         tokens = None
-        if (
-            not plan.overlaps
-            and not isinstance(plan, WholeWindows)
-            and chunk.pairs[1] == self.heads
-        ):
+        if not plan.overlaps and chunk.pairs[1] == self.heads:
             tokens = joint(query, key, value)
         if tokens is None:
             group = self.heads // key.shape[-2]

@@ -56,23 +56,6 @@ class Layout(NamedTuple):
         x = self._rolled(x, -1)
         return self._rolled(x[:, top : x.shape[1] - bottom, left : x.shape[2] - right], 1)
 
-    def cut(self, x: Tensor) -> Tensor:
-        """The windows `(B * windows, h, w, C)` of a padded map; windows must fill it unshifted."""
-        x = x.reshape(-1, *self.split(x.shape[1], 0), *self.split(x.shape[2], 1), x.shape[-1])
-        return x.permute(0, 1, 3, 4, 6, 2, 5, 7).flatten(0, 4)
-
-    def joined(self, windows: Tensor, size: Pair) -> Tensor:
-        """The map `(B, *size, C)` that `cut` took apart."""
-        rows, h, i = self.split(size[0], 0)
-        columns, w, j = self.split(size[1], 1)
-        x = windows.view(-1, rows, i, columns, j, h, w, windows.shape[-1])
-        return x.permute(0, 1, 5, 2, 3, 6, 4, 7).reshape(-1, *size, windows.shape[-1])
-
-    def split(self, length: int, axis: int) -> tuple[int, int, int]:
-        """Windows, positions of a window and classes of an axis, as its tokens follow."""
-        size, step = self.window_size[axis], self.dilation[axis]
-        return length // (size * step), size, step
-
     def _rolled(self, x: Tensor, sign: int) -> Tensor:
         if not any(self.roll):
             return x
@@ -231,61 +214,21 @@ class WindowAttention(Mixer, name="window"):
     def mix(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         check_context(self, x, context)
         layout = self.layout(*x.shape[1:3])
-        x, context = layout.pad(x), None if context is None else layout.pad(context)
-        if self._cut_first(x, layout):
-            windows = Layout(layout.window_size)
-            if context is None and self._trains(x):
-                tensors = _WindowHeads.apply(self.qkv(x), layout, self.num_heads, self.head_first)
-            else:
-                tokens = (None if tokens is None else layout.cut(tokens) for tokens in (x, context))
-                tensors = self._project(*tokens, windows)
-            output = self.proj(self._attend(*tensors, windows))
-            return self.proj_drop(layout.crop(layout.joined(output, pair(x.shape[1:3]))))
-        output = layout.crop(self._attend(*self._project(x, context, layout), layout))
-        return self.proj_drop(self.proj(output))
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
-        """The output `(B, H, W, num_heads * head_dim)` of the padded map."""
         output = window_attention(
-            query,
-            key,
-            value,
+            *self._project(x, context, layout),
             layout.window_size,
             dilation=layout.dilation,
             shift=layout.shift,
             bias=self.position_bias(layout.window_size),
             scale=self.scale,
         )
-        return output.flatten(-2)
-
-    def _trains(self, x: Tensor) -> bool:
-        """Whether query, key and value will be wanted again by a backward."""
-        return (
-            torch.is_grad_enabled()
-            and (x.requires_grad or self.qkv.weight.requires_grad)
-            and not torch.compiler.is_compiling()  # which orders memory itself
-        )
-
-    def _cut_first(self, x: Tensor, layout: Layout) -> bool:
-        """Whether to cut the map into windows before the projection, as maps of their own.
-
-        On a CPU that is the cheapest place: x is a third of query, key and value.
-        """
-        return (
-            x.device.type == "cpu"
-            and not any(layout.shift)
-            and not dispatch.plain_aten()  # which leaves sizes open
-            and not dispatch.is_recording()  # of calls on the whole map
-            and all(
-                length % (size * step) == 0
-                for length, size, step in zip(x.shape[1:3], layout.window_size, layout.dilation)
-            )
-        )
+        return self.proj_drop(self.proj(layout.crop(output).flatten(-2)))
 
     def _project(
         self, x: Tensor, context: Tensor | None, layout: Layout
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of the padded map, `(B, H, W, num_heads, head_dim)` each."""
+        x, context = layout.pad(x), None if context is None else layout.pad(context)
         if not self.head_first:
             return qkv_heads(self.qkv, x, self.num_heads, context)
         projected = [self.qkv(x).unflatten(-1, (self.num_heads, 3, -1))] * 3
@@ -307,45 +250,6 @@ class WindowAttention(Mixer, name="window"):
         if self.padding != "zeros":
             parts.append(f"padding={self.padding!r}")
         return ", ".join(parts)
-
-
-class _WindowHeads(torch.autograd.Function):
-    """Query, key and value of windows from a projection `(B, H, W, 3 * num_heads * head_dim)`.
-
-    They are views `(B * windows, h, w, num_heads, head_dim)` of tensors in which the tokens of a
-    head lie together, as the backward wants them, too: so they are copied but once each way.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, layout: Layout, num_heads: int, head_first: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.shape, ctx.arguments = x.shape, (layout, num_heads, head_first)
-        parts = _by_heads(x, *ctx.arguments)
-        _, batch, rows, i, columns, j, heads, h, w, channels = parts.shape
-        parts = parts.reshape(3, batch * rows * i * columns * j, heads, h, w, channels)
-        query, key, value = parts.movedim(2, -2).unbind()
-        return query, key, value
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        found = grads[0].new_empty(ctx.shape)
-        for part, grad in zip(_by_heads(found, *ctx.arguments), grads):
-            part.copy_(grad.movedim(-2, 1).view(part.shape))
-        return found, None, None, None
-
-
-def _by_heads(x: Tensor, layout: Layout, num_heads: int, head_first: bool) -> Tensor:
-    """View `(3, B, windows of rows, classes, windows of columns, classes, heads, h, w, channels)`
-    of a projection `(B, H, W, 3 * num_heads * head_dim)`.
-    """
-    if head_first:
-        x = x.unflatten(-1, (num_heads, 3, -1)).transpose(-2, -3)
-    else:
-        x = x.unflatten(-1, (3, num_heads, -1))
-    x = x.unflatten(2, layout.split(x.shape[2], 1)).unflatten(1, layout.split(x.shape[1], 0))
-    # (B, rows, h, i, columns, w, j, 3, heads, channels)
-    return x.permute(7, 0, 1, 3, 4, 6, 8, 2, 5, 9)
 
 
 class GridAttention(WindowAttention, name="grid"):

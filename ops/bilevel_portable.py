@@ -22,7 +22,7 @@ from vitarium.ops.workspace import LOG2E, Workspace
 
 # Bytes of the queries of a unit of images, and of a chunk of scores. On a CPU they should stay in
 # cache; elsewhere few large launches are better.
-UNIT = 1 << 21
+UNIT = 1 << 20
 SCORES = 1 << 21
 DEVICE_SCORES = 1 << 28
 DENSE_TOKENS = 256  # of a map that may be attended to as a whole, if a quarter of it is asked for
@@ -85,13 +85,20 @@ def saved_shape(
     grid: list[int],
     training: bool,
 ) -> tuple[int, ...]:
-    """Shape of what `forward` returns for the backward: the weights, bit for bit, or nothing."""
+    """Shape of what `forward` returns for the backward: see `Plan.saved`, bit for bit."""
     if pays_dense(query, key, weights, routing, grid):
         return dense.saved_shape(query, key, value, None, None, False, training)
-    keys = keys_of_a_query(key, routing, grid)
-    if not training or keys > KEYS_KEPT:
+    if not training:
         return (0,)
-    return (-(-query[..., 0].numel() * keys * query.element_size() // 4),)
+    keys, queries = keys_of_a_query(key, routing, grid), query[..., 0].numel()
+    if keeps_weights(keys):
+        return (-(-queries * keys * query.element_size() // 4),)
+    return (queries * (2 if query.dtype == torch.float64 else 1),)
+
+
+def keeps_weights(keys: int) -> bool:
+    """Whether training keeps the weights of a query that attends to so many keys."""
+    return keys <= KEYS_KEPT
 
 
 def _by_region(x: Tensor, grid: Sequence[int], heads: int) -> Tensor:
@@ -129,6 +136,13 @@ def _inverse_order(
     return torch.empty_like(order).index_copy_(0, order.long(), index)
 
 
+@functools.lru_cache(maxsize=128)
+def _first_rows(images: int, regions: int, heads: int, device: torch.device) -> Tensor:
+    """`(images, 1, heads, 1)`: the first row of every image and head."""
+    first = torch.arange(images, device=device)[:, None] * (regions * heads)
+    return (first + torch.arange(heads, device=device))[:, None, :, None]
+
+
 class Plan:
     """How one call is cut up, and the buffers that its parts reuse.
 
@@ -142,15 +156,18 @@ class Plan:
         value: Tensor,
         routing: Tensor,
         grid: list[int],
+        weighted: bool = False,
     ) -> None:
         self.batch, self.heads, self.topk = query.shape[0], key.shape[-2], routing.shape[-1]
         self.grid = (grid[0], grid[1])
         self.regions = grid[0] * grid[1]
         self.routing = routing
+        self.direct = self.topk == 1 and not weighted  # rows are copied as they are taken
         group = query.shape[-2] // self.heads
         self.queries = query.shape[1] * query.shape[2] // self.regions * group
         self.keys = keys_of_a_query(key, routing, grid)
         self.dtype, self.work = query.dtype, Workspace(query)
+        self.wide = torch.promote_types(query.dtype, torch.float32)
         size, cpu = query.element_size(), query.device.type == "cpu"
         self.powers_serve = cpu and query.dtype != torch.float64  # else looking would wait
         unit, scores = (UNIT, SCORES) if cpu else (DEVICE_SCORES, DEVICE_SCORES)
@@ -169,17 +186,15 @@ class Plan:
 
     def table(self, unit: slice) -> Tensor:
         """`(rows, topk)`: the unit's rows of keys that each of its rows of queries attends to."""
-        device = self.routing.device
-        image = torch.arange(unit.stop - unit.start, device=device)[:, None, None]
-        table = (image * self.regions + self.routing[unit]) * self.heads
-        return (table[:, :, None] + torch.arange(self.heads, device=device)[:, None]).flatten(0, 2)
+        images = unit.stop - unit.start
+        first = _first_rows(images, self.regions, self.heads, self.routing.device)
+        return torch.add(first, self.routing[unit, :, None], alpha=self.heads).flatten(0, 2)
 
     def chunks(self, table: Tensor) -> list[slice]:
-        """Slices of a unit's rows."""
-        return [
-            slice(row, min(row + self.chunk, len(table)))
-            for row in range(0, len(table), self.chunk)
-        ]
+        """Slices of a unit's rows, about equally long."""
+        count = len(table)
+        size = -(-count // max(1, -(-count // self.chunk)))
+        return [slice(row, min(row + size, count)) for row in range(0, count, size)]
 
     def per_row(self, weights: Tensor | None, unit: slice) -> Tensor | None:
         """`(rows, topk)` of `(B, regions, topk)`: heads of a region share it."""
@@ -188,13 +203,18 @@ class Plan:
         shared = weights[unit, :, None].expand(-1, -1, self.heads, -1)
         return shared.flatten(0, 2).to(self.dtype)
 
-    def rows(self, name: str, unit: slice, x: Tensor) -> Tensor:
-        """The rows `(rows, tokens, channels)` of a unit's maps `(B, H, W, num_heads, channels)`."""
+    def rows(self, name: str, unit: slice, x: Tensor, table: Tensor | None = None) -> Tensor:
+        """The rows `(rows, tokens, channels)` of a unit's maps `(B, H, W, num_heads, channels)`.
+
+        Given the table that keys and values are taken by, in its order if it is `direct`.
+        """
         x, width = x[unit], x.shape[-1]
         if x.stride(-1) != 1 or any(stride % width for stride in x.stride()[:-1]):
             x = x.contiguous()
         places = tuple(stride // width for stride in x.stride()[:-1])
         order = _order(tuple(x.shape[:-1]), places, self.grid, self.heads, x.device)
+        if table is not None and self.direct:
+            order = order.view(-1, len(order) // len(table)).index_select(0, table[:, 0]).flatten()
         extent = 1 + sum((size - 1) * place for size, place in zip(x.shape, places))
         vectors = x.as_strided((extent, width), (width, 1), x.storage_offset())
         buffer = self.work.take(name, (len(order), width), x.dtype)
@@ -209,8 +229,12 @@ class Plan:
         order = _inverse_order(tuple(x.shape[:-1]), self.grid, self.heads, x.device)
         torch.index_select(rows.view(-1, width), 0, order, out=x.view(-1, width))
 
-    def take(self, name: str, rows: Tensor, index: Tensor, weights: Tensor | None) -> Tensor:
+    def take(
+        self, name: str, rows: Tensor, chunk: slice, index: Tensor, weights: Tensor | None
+    ) -> Tensor:
         """`(rows of queries, keys, channels)`: the rows of keys that `(rows, topk)` names."""
+        if self.direct:
+            return rows[chunk]
         shape = (index.numel(), rows.shape[1] * rows.shape[2])
         taken = torch.index_select(
             rows.view(-1, shape[1]), 0, index.flatten(), out=self.work.take(name, shape, self.dtype)
@@ -222,6 +246,7 @@ class Plan:
     def add(
         self,
         total: Tensor,
+        chunk: slice,
         index: Tensor,
         factor: Tensor | None,
         grad: Tensor,
@@ -232,13 +257,13 @@ class Plan:
 
         Args:
             total: `(rows, tokens, channels)`.
-            index, factor: what `take` was given.
+            chunk, index, factor: what `take` was given.
             grad: as `take` returns; it is written to.
             rows: what was taken, for the gradients of the weights, which are added to `sums`.
         """
         grad = grad.view(index.numel(), -1)
         if sums is not None:
-            products = self.take("unweighted", rows, index, None).view(grad.shape).mul_(grad)
+            products = self.take("unweighted", rows, chunk, index, None).view(grad.shape).mul_(grad)
             sums += products.sum(-1, dtype=sums.dtype).view(index.shape)
         if factor is not None:
             grad.mul_(factor.reshape(-1, 1))
@@ -246,45 +271,70 @@ class Plan:
             grad = self.work.take("wide", grad.shape, total.dtype).copy_(grad)
         total.view(-1, grad.shape[1]).index_add_(0, index.flatten(), grad)
 
-    def softmax(self, query: Tensor, key: Tensor, scale: float, out: Tensor | None) -> Tensor:
-        """Weights `(rows, queries, keys)`, in `out` or in a buffer."""
-        shape = (*query.shape[:2], self.keys)
-        out = self.work.take("weights", shape, self.dtype) if out is None else out
-        if self.powers_serve:
-            self.powers_serve = self._powers(query, key, scale, out)
-            if self.powers_serve:
-                return out
-        torch.baddbmm(out, query, key.mT, beta=0, alpha=scale, out=out)
-        return torch._softmax(out, -1, False, out=out)
+    def softmax(
+        self, query: Tensor, key: Tensor, scale: float, out: Tensor | None, shift: Tensor | None
+    ) -> Tensor:
+        """Weights `(rows, queries, keys)`, in `out` or in a buffer.
 
-    def _powers(self, query: Tensor, key: Tensor, scale: float, out: Tensor) -> bool:
-        """Softmax as plain powers of two, divided by their sums.
-
-        Faster than a softmax that subtracts the maximum, and as exact while no sum is near the ends
-        of float32's range. Returns whether that is so.
+        `shift`, if given, gets what makes them again: minus the base-2 log-sum-exp of the scores.
         """
-        powers = out
-        if self.dtype == torch.float32:
-            torch.baddbmm(out, query, key.mT, beta=0, alpha=scale * LOG2E, out=out)
-        else:  # scores are rounded as they are, and not when multiplied
-            torch.baddbmm(out, query, key.mT, beta=0, alpha=scale, out=out)
-            powers = self.work.take("powers", out.shape, torch.float32).copy_(out).mul_(LOG2E)
+        out = self.scores(query, key) if out is None else out
+        powers = self._exponents(query, key, scale, out)
+        largest = None
+        if not self.powers_serve:
+            largest = powers.amax(-1, keepdim=True)
+            powers.sub_(largest)
         sums = powers.exp2_().sum(-1, keepdim=True)
-        low, high = (float(bound) for bound in sums.aminmax())
-        if not (low > 1 / SAFE_SUM and high < SAFE_SUM):  # nor if one is no number
-            return False
-        powers.mul_(sums.reciprocal_())
-        if powers is not out:
-            out.copy_(powers)
-        return True
+        if self.powers_serve:
+            # Without the maximum this is faster, and as exact while no sum is near the ends of
+            # float32's range.
+            low, high = (float(bound) for bound in sums.aminmax())
+            self.powers_serve = low > 1 / SAFE_SUM and high < SAFE_SUM
+            if not self.powers_serve:  # nor if one is no number
+                return self.softmax(query, key, scale, out, shift)
+        powers.mul_(sums.reciprocal())
+        if shift is not None:
+            torch.log2(sums, out=shift).neg_()
+            if largest is not None:
+                shift.sub_(largest)
+        return powers if powers is out else out.copy_(powers)
 
-    def kept(self, saved: Tensor, unit: slice) -> Tensor | None:
-        """Where the unit's weights are kept, `(rows, queries, keys)`: a part of `saved`."""
+    def softmax_again(self, query: Tensor, key: Tensor, scale: float, shift: Tensor) -> Tensor:
+        """The same weights, from what `softmax` left in `shift`."""
+        out = self.scores(query, key)
+        powers = self._exponents(query, key, scale, out, shift).exp2_()
+        return powers if powers is out else out.copy_(powers)
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """A buffer for scores."""
+        return self.work.take("weights", (len(query), query.shape[1], key.shape[1]), self.dtype)
+
+    def _exponents(
+        self, query: Tensor, key: Tensor, scale: float, out: Tensor, shift: Tensor | None = None
+    ) -> Tensor:
+        """Scores as exponents of 2, plus `shift`, in float32 at least: in `out` or in a buffer."""
+        if self.dtype == self.wide:
+            if shift is not None:
+                out.copy_(shift.expand_as(out))
+            beta = 0 if shift is None else 1
+            return torch.baddbmm(out, query, key.mT, beta=beta, alpha=scale * LOG2E, out=out)
+        torch.baddbmm(out, query, key.mT, beta=0, alpha=scale * LOG2E, out=out)
+        powers = self.work.take("powers", out.shape, self.wide).copy_(out)
+        return powers if shift is None else powers.add_(shift)
+
+    def saved(self, saved: Tensor, unit: slice) -> tuple[Tensor | None, Tensor | None]:
+        """Of a unit, parts of `saved`, and the other None: weights that are kept, or shifts.
+
+        They are `(rows, queries, keys)` and `(rows, queries, 1)`.
+        """
         if not saved.numel():
-            return None
-        image = self.regions * self.heads * self.queries * self.keys
-        kept = saved.view(self.dtype)[unit.start * image : unit.stop * image]
-        return kept.view(-1, self.queries, self.keys)
+            return None, None
+        keeps = keeps_weights(self.keys)
+        last = self.keys if keeps else 1
+        image = self.regions * self.heads * self.queries * last
+        part = saved.view(self.dtype if keeps else self.wide)
+        part = part[unit.start * image : unit.stop * image].view(-1, self.queries, last)
+        return (part, None) if keeps else (None, part)
 
 
 def forward(
@@ -306,7 +356,7 @@ def forward(
     if pays_dense(query, key, weights, routing, grid):
         mask = _mask(query, key, routing, grid)
         return dense.forward(query, key, value, mask, None, False, scale, training)
-    plan = Plan(query, key, value, routing, grid)
+    plan = Plan(query, key, value, routing, grid, weights is not None)
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     saved = query.new_empty(
         saved_shape(query, key, value, weights, routing, grid, training), dtype=torch.float32
@@ -315,19 +365,19 @@ def forward(
     value_buffer = "taken key" if len(plan.bands) == 1 else "taken value"
     for unit in plan.units:
         q_rows = plan.rows("query", unit, query)
-        k_rows = plan.rows("key", unit, key)
-        v_rows = plan.rows("value", unit, value)
-        out = plan.work.take("output", (*q_rows.shape[:2], v_rows.shape[2]), plan.dtype)
         table, soft = plan.table(unit), plan.per_row(weights, unit)
-        kept = plan.kept(saved, unit)
+        k_rows = plan.rows("key", unit, key, table)
+        v_rows = plan.rows("value", unit, value, table)
+        out = plan.work.take("output", (*q_rows.shape[:2], v_rows.shape[2]), plan.dtype)
+        kept, shifts = plan.saved(saved, unit)
         for chunk in plan.chunks(table):
             index, factor = table[chunk], None if soft is None else soft[chunk]
-            k = plan.take("taken key", k_rows, index, factor)
+            k = plan.take("taken key", k_rows, chunk, index, factor)
             for band in plan.bands:
-                target = None if kept is None else kept[chunk, band]
-                p = plan.softmax(q_rows[chunk, band], k, scale, target)
+                target, shift = (None if x is None else x[chunk, band] for x in (kept, shifts))
+                p = plan.softmax(q_rows[chunk, band], k, scale, target, shift)
                 if band.start == 0:
-                    v = plan.take(value_buffer, v_rows, index, factor)
+                    v = plan.take(value_buffer, v_rows, chunk, index, factor)
                 torch.bmm(p, v, out=out[chunk, band])
         plan.put(out, unit, output)
     plan.work.close()
@@ -357,9 +407,8 @@ def backward(
         return *dense.backward(
             grad, query, key, value, mask, None, output, saved, False, scale, training, False
         ), None
-    plan = Plan(query, key, value, routing, grid)
-    work, dtype = plan.work, plan.dtype
-    wide = torch.promote_types(dtype, torch.float32)
+    plan = Plan(query, key, value, routing, grid, weights is not None)
+    work, dtype, wide = plan.work, plan.dtype, plan.wide
     grads = [x.new_empty(x.shape) for x in (query, key, value)]
     grad_weights = None
     if weights is not None and weights_need_grad:
@@ -371,37 +420,40 @@ def backward(
     )
     for unit in plan.units:
         q_rows = plan.rows("query", unit, query)
-        k_rows = plan.rows("key", unit, key)
-        v_rows = plan.rows("value", unit, value)
+        table, soft = plan.table(unit), plan.per_row(weights, unit)
+        k_rows = plan.rows("key", unit, key, table)
+        v_rows = plan.rows("value", unit, value, table)
         g_rows = plan.rows("grad", unit, grad)
         q_total = work.take("grad query", q_rows.shape, dtype)
         k_total = work.take("key total", k_rows.shape, wide).zero_()
         v_total = work.take("value total", v_rows.shape, wide).zero_()
-        table, soft = plan.table(unit), plan.per_row(weights, unit)
-        kept = plan.kept(saved, unit)
+        kept, shifts = plan.saved(saved, unit)
         sums = None
         if grad_weights is not None:
             sums = work.take("grad weights", table.shape, wide).zero_()
         for chunk in plan.chunks(table):
             index, factor = table[chunk], None if soft is None else soft[chunk]
             chunk_sums = None if sums is None else sums[chunk]
-            k = plan.take("taken key", k_rows, index, factor)
+            k = plan.take("taken key", k_rows, chunk, index, factor)
             for band in plan.bands:
                 q, g = q_rows[chunk, band], g_rows[chunk, band]
                 beta, last = int(band.start > 0), band.stop == plan.queries
-                p = plan.softmax(q, k, scale, None) if kept is None else kept[chunk, band]
+                if shifts is None:
+                    p = kept[chunk, band]
+                else:
+                    p = plan.softmax_again(q, k, scale, shifts[chunk, band])
                 grad_v = work.take(grad_v_name, (len(q), plan.keys, v_rows.shape[2]), dtype)
                 torch.baddbmm(grad_v, p.mT, g, beta=beta, out=grad_v)
                 if last:
-                    plan.add(v_total, index, factor, grad_v, v_rows, chunk_sums)
+                    plan.add(v_total, chunk, index, factor, grad_v, v_rows, chunk_sums)
                 if band.start == 0:
-                    v = plan.take(v_name, v_rows, index, factor)
+                    v = plan.take(v_name, v_rows, chunk, index, factor)
                 s = torch.bmm(g, v.mT, out=work.take("scores", p.shape, dtype))
                 s = torch._softmax_backward_data(s, p, -1, dtype, grad_input=s)
                 grad_k = work.take(grad_k_name, k.shape, dtype)
                 torch.baddbmm(grad_k, s.mT, q, beta=beta, alpha=scale, out=grad_k)
                 if last:
-                    plan.add(k_total, index, factor, grad_k, k_rows, chunk_sums)
+                    plan.add(k_total, chunk, index, factor, grad_k, k_rows, chunk_sums)
                 target = q_total[chunk, band]
                 torch.baddbmm(target, s, k, beta=0, alpha=scale, out=target)
         for total, x in zip((q_total, k_total, v_total), grads):

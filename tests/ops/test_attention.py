@@ -106,6 +106,7 @@ def test_custom_operator(bias: tuple[int, ...] | None, dtype: torch.dtype) -> No
     )
     added = None if bias is None else torch.randn(bias, dtype=dtype, requires_grad=True)
     active = torch.rand(2, 19, 2) < 0.5
+    gate = torch.randn(2, 19, 2, dtype=dtype, requires_grad=True)
     for training in (False, True):
         torch.library.opcheck(
             torch.ops.vitarium.attention.default,
@@ -113,7 +114,7 @@ def test_custom_operator(bias: tuple[int, ...] | None, dtype: torch.dtype) -> No
         )
         torch.library.opcheck(
             torch.ops.vitarium.mixture_of_head_attention.default,
-            (query, key, value, added, None, active, False, 0.3, training, False),
+            (query, key, value, added, gate, active, False, 0.3, training, False),
             test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
         )
 

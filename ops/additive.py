@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vitarium.ops.tiles import Axis
-from vitarium.ops.workspace import Workspace, negative
+from vitarium.ops.workspace import Workspace
 
 FEW = 16  # patterns
 
@@ -38,8 +38,15 @@ class Patterns:
             *(math.prod(inside.shape[i * rank : (i + 1) * rank]) for i in range(3))
         )
         self.all_inside = not bool(self.outside.any())
+        self.mask = functools.cache(self._mask)
         self.which = functools.cache(self._which)
         self.bias_index = functools.cache(self._bias_index)
+
+    def _mask(self, dtype: torch.dtype) -> Tensor:
+        """What is added to scores where there is no bias, `(1, patterns, queries, keys)`."""
+        with torch.inference_mode(False):  # it will serve other calls
+            mask = self.outside.new_zeros((1, *self.outside.shape), dtype=dtype)
+            return mask.masked_fill_(self.outside, -math.inf)
 
     def _which(self, band: tuple[int, int], strips: bool = False) -> Tensor:
         """The pattern of every (class, tile) of a band, flattened.
@@ -100,13 +107,13 @@ class Additive:
         """Mask and bias of every pattern, `(num_heads or 1, patterns, queries, keys)`."""
         outside, bias, dtype = self.patterns.outside, self._bias, self._dtype
         if bias is None:
-            table = outside.new_zeros((1, *outside.shape), dtype=dtype)
-        else:
-            table = (bias.to(dtype) * self._factor).flatten(1)
-            table = table.index_select(1, self.patterns.bias_index(bias.shape[1:]))
-            table = table.view(-1, 1, *outside.shape[1:])
+            return self.patterns.mask(dtype)
+        table = (bias.to(dtype) * self._factor).flatten(1)
+        table = table.index_select(1, self.patterns.bias_index(bias.shape[1:]))
+        table = table.view(-1, 1, *outside.shape[1:])
         if not self.patterns.all_inside:
-            table = table.masked_fill(outside, negative(dtype))
+            # Every query sees a key. PyTorch's fused attention is slower with large numbers.
+            table = table.masked_fill(outside, -math.inf)
         return table
 
     def band(self, band: tuple[int, int], strips: bool = False) -> Tensor:

@@ -152,7 +152,7 @@ class LocalAttention(Differentiable):
         """The output; a call that can be taken directly may be one for `whole_windows`."""
         if not fused and self.direct(args):
             query, key, value, bias, *pattern, scale = args
-            axes = tiles_for(tuple(query.shape[1:-2]), self._windows(pattern))
+            axes = tiles_for(tuple(query.shape[1:-2]), self._windows(pattern), "whole")
             if whole_windows.serves(query, key, axes):
                 return whole_windows.attention(query, key, value, bias, axes, scale)
         return super().__call__(*args, fused=fused)

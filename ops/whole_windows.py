@@ -25,7 +25,7 @@ from vitarium.ops.softmax import Softmax
 from vitarium.ops.tiles import Axis
 from vitarium.ops.workspace import LOG2E, Workspace
 
-LARGEST = 144  # keys of a window; beyond, weights would outweigh all else that a backward wants
+LARGEST = 200  # keys of a window; beyond, weights would outweigh all else that a backward wants
 
 Axes = tuple[Axis, ...]
 Band = tuple[int, int]
@@ -33,11 +33,12 @@ Band = tuple[int, int]
 
 def serves(query: Tensor, key: Tensor, axes: Axes) -> bool:
     """Whether small windows fill the map, and every head has keys of its own."""
-    return query.shape[-2] == key.shape[-2] and query.shape[0] > 0 and _fill(axes)
+    return query.shape[-2] == key.shape[-2] and query.shape[0] > 0 and fill(axes)
 
 
 @functools.lru_cache(maxsize=256)
-def _fill(axes: Axes) -> bool:
+def fill(axes: Axes) -> bool:
+    """Whether the tiles are small and fill the map."""
     small = math.prod(axis.tile for axis in axes) <= LARGEST
     return small and all(axis.halo == axis.tile and axis.fills(False) for axis in axes)
 
@@ -182,7 +183,7 @@ def _differentiate(
 def _pieces(query: Tensor, axes: Axes) -> Iterator[tuple[Chunk, Band]]:
     """The work in pieces whose scores stay in cache."""
     limit = 2 * CPU_CHUNK if query.device.type == "cpu" else DEVICE_CHUNK
-    limit = limit * 4 // query.element_size()
+    limit = limit * query.element_size() // 4
     sizes = query.shape[0], *query.shape[-2:], query.element_size()
     bands, chunks = portioned(sizes, axes, limit, False)
     return itertools.product(chunks, bands)

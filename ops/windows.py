@@ -31,6 +31,7 @@ from torch import Tensor
 
 from vitarium.ops.strips import split
 from vitarium.ops.tiles import Axis, PlainAxis, cut
+from vitarium.ops.whole_windows import fill
 
 
 class Window(NamedTuple):
@@ -204,14 +205,21 @@ def tiles_for(
 ) -> tuple[Axis, ...]:
     """The cheapest tiles for this map: few halo positions, and scores that are mostly wanted.
 
-    `path` is the one of `vitarium.ops.tiled.path` that they are for.
+    `path` is the one of `vitarium.ops.tiled.path` that they are for, or "whole" for
+    `vitarium.ops.whole_windows` where it serves.
     """
     choices = []
     for length, window in zip(spatial, windows):
         size = -(-length // window.dilation)
         tiles = sorted(window.tile_sizes(size))
         choices.append([axis_tiles(length, window, tile) for tile in tiles])
-    cost = {"tiles": _tiles_cost, "dense": _dense_cost, "strips": _strips_cost}[path]
+    costs = {
+        "tiles": _tiles_cost,
+        "whole": _whole_cost,
+        "dense": _dense_cost,
+        "strips": _strips_cost,
+    }
+    cost = costs[path]
     return min(itertools.product(*choices), key=cost)
 
 
@@ -227,6 +235,14 @@ def _tiles_cost(axes: tuple[Axis, ...]) -> float:
     if tiles > 1:
         time += halos * 16
     return time + _copies(axes)
+
+
+def _whole_cost(axes: tuple[Axis, ...]) -> float:
+    """As above, but weights of small tiles that fill the map are kept for the backward."""
+    if fill(axes):
+        tiles = math.prod(axis.classes * axis.tiles for axis in axes)
+        return 1.15 * tiles * math.prod(axis.tile * axis.halo for axis in axes)
+    return _tiles_cost(axes)
 
 
 def _dense_cost(axes: tuple[Axis, ...]) -> float:

@@ -83,16 +83,28 @@ def _axis(length: int, window: Block) -> tuple[int, int, int, int]:
 
 @functools.lru_cache(maxsize=1024)
 def _geometry(
-    kernel: str, batch: int, heads: int, spatial: tuple[int, ...], windows: tuple[Block, ...]
+    kernel: str,
+    batch: int,
+    heads: int,
+    spatial: tuple[int, ...],
+    windows: tuple[Block, ...],
+    dense: bool,
 ) -> tuple[int, dict[str, Any]]:
-    """Number of programs, and the arguments that follow from the sizes."""
+    """Number of programs, and the arguments that follow from the sizes.
+
+    `dense`: images lie one behind the other in all tensors.
+    """
     axes = _two(windows, Block(1, 1, 0, 0, 0))
     lengths = _two(spatial, 1)
     (tiles_y, first_row, rows, wrap_y), (tiles_x, _, _, wrap_x) = map(_axis, lengths, axes)
     columns = heads * tiles_x * axes[0].dilation * axes[1].dilation
     steps = columns * tiles_y * batch // PROGRAMS[kernel]
     steps = max(1, min(steps, LONGEST_WALK))
-    walks = triton.cdiv(batch * rows, steps) + (tiles_y - rows) * triton.cdiv(batch, steps)
+    if dense and rows * axes[0].window_size == lengths[0]:  # images are rows of one large image
+        tiles_y, rows, batch = tiles_y * batch, rows * batch, 1
+    elif batch >= rows:
+        first_row = rows = 0
+    walks = batch * triton.cdiv(rows, steps) + (tiles_y - rows) * triton.cdiv(batch, steps)
     return columns * walks, {
         "images": batch,
         "heads": heads,
@@ -106,7 +118,6 @@ def _geometry(
         "lead_x": axes[1].lead,
         "wrap_y": wrap_y,
         "wrap_x": wrap_x,
-        "tiles_y": tiles_y,
         "tiles_x": tiles_x,
         "first_row": first_row,
         "rows": rows,
@@ -116,11 +127,19 @@ def _geometry(
 
 
 def _arguments(
-    kernel: str, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, windows: Any
+    kernel: str, bias: Tensor | None, windows: Sequence[Pattern], *tensors: Tensor
 ) -> tuple[int, dict[str, Any]]:
-    """Number of programs, and the arguments and options that both kernels have."""
+    """Number of programs, and arguments and options that both kernels have.
+
+    `tensors`: query, key, value and, if there is one, the gradient of the output.
+    """
+    query, key, value = tensors[:3]
+    batch, height, heads = query.shape[0], query.shape[1], query.shape[-2]
+    dense = len(windows) == AXES and all(
+        batch == 1 or tensor.stride(0) == height * tensor.stride(1) for tensor in tensors
+    )
     programs, geometry = _geometry(
-        kernel, query.shape[0], query.shape[-2], tuple(query.shape[1:-2]), tuple(windows)
+        kernel, batch, heads, tuple(query.shape[1:-2]), tuple(windows), dense
     )
     sizes = _SIZES[kernel, query.element_size()]
     head_dim = max(query.shape[-1], value.shape[-1])
@@ -156,7 +175,7 @@ def forward(
     """What `vitarium.ops.kernels.local.forward` computes, of tensors that are not empty."""
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float32)
-    programs, arguments = _arguments("forward", query, key, value, bias, windows)
+    programs, arguments = _arguments("forward", bias, windows, query, key, value)
     launch(
         window_kernels.forward_kernel,
         programs,
@@ -184,7 +203,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `vitarium.ops.kernels.local.backward` computes, of tensors that are not empty."""
     grads = [tensor.new_empty(tensor.shape) for tensor in (query, key, value)]
-    programs, arguments = _arguments("backward", query, key, value, bias, windows)
+    programs, arguments = _arguments("backward", bias, windows, query, key, value, grad_output)
     partial_sums = None
     if bias is not None and bias_needs_grad:
         tokens = math.prod(arguments["TILE"])

@@ -18,18 +18,15 @@ import triton.language as tl
 
 from vitarium.ops.kernels.common import (
     LOG2E,
+    channel_offsets,
     dot,
-    load_rows,
-    load_tokens,
-    store_rows,
-    store_tokens,
 )
 from vitarium.ops.kernels.patterns import inside
 
 # Numbers that come with the map: none of them makes Triton compile again.
 VARYING = [
     "images", "heads", "height", "width", "size_y", "size_x", "dilation_y", "dilation_x",
-    "lead_y", "lead_x", "wrap_y", "wrap_x", "tiles_y", "tiles_x", "first_row", "rows", "steps",
+    "lead_y", "lead_x", "wrap_y", "wrap_x", "tiles_x", "first_row", "rows", "steps",
 ]  # fmt: skip
 
 
@@ -45,18 +42,17 @@ def axis_tokens(tile, index, residue, axis):
 
 @triton.jit
 def place(
-    program, images, heads, y_axis, x_axis, tiles_y, tiles_x, first_row, rows, steps,
-    TILE: tl.constexpr,
+    program, images, heads, y_axis, x_axis, tiles_x, first_row, rows, steps, TILE: tl.constexpr
 ):  # fmt: skip
-    """What a program computes.
+    """What a program computes: which windows it walks over, and what holds for all of them.
 
-    Windows number first_row ... first_row + rows - 1 from above look alike; the walk goes over all
-    of them in an image, then over images. The one above and the one below have walks of their own.
+    The windows number first_row ... first_row + rows - 1 from above look alike: a walk goes down
+    over them in one image. For every other one a walk goes over images.
 
     Returns:
-        head; tokens along y and along x of the first window, and which exist; their part of the
-        map, of which there are up to four in a window that is wrapped; first and one past the last
-        step of the walk, windows per image.
+        head; the walk as (first image, windows above the first, number of steps, whether they go
+        down); tokens along y and along x of the uppermost window, and which exist; their part of
+        the map, of which a window holds up to four if it is wrapped.
     """
     head = program % heads
     program = program // heads
@@ -65,19 +61,39 @@ def place(
     x_residue = program % x_axis[2]
     program = program // x_axis[2]
     y_residue = program % y_axis[2]
-    chunk = program // y_axis[2]
-    inner = tl.cdiv(images * rows, steps)
-    each = tl.cdiv(images, steps)
-    edge = (chunk - inner) // each
-    is_inner = chunk < inner
-    y_tile = tl.where(is_inner, first_row, tl.where(edge < first_row, 0, tiles_y - 1))
-    first = tl.where(is_inner, chunk, (chunk - inner) % each) * steps
-    rows = tl.where(is_inner, rows, 1)
+    walk = program // y_axis[2]
+    each = tl.cdiv(rows, steps)
+    down = walk < images * each
+    each = tl.where(down, each, tl.cdiv(images, steps))
+    walk = tl.where(down, walk, walk - images * tl.cdiv(rows, steps))
+    first = walk % each * steps
+    walk = walk // each
+    image = tl.where(down, walk, first)
+    y_tile = tl.where(down, first_row, walk + tl.where(walk < first_row, 0, rows))
+    count = tl.minimum(tl.where(down, rows, images) - first, steps)
     index = tl.arange(0, TILE[0] * TILE[1])
     y, y_exists, y_part = axis_tokens(y_tile, index // TILE[1], y_residue, y_axis)
     x, x_exists, x_part = axis_tokens(x_tile, index % TILE[1], x_residue, x_axis)
-    stop = tl.minimum(first + steps, images * rows)
-    return head, y, x, y_exists & x_exists, y_part * 2 + x_part, first, stop, rows
+    row = tl.where(down, first, 0)
+    return head, (image, row, count, down), y, x, y_exists & x_exists, y_part * 2 + x_part
+
+
+@triton.jit
+def offsets(y, x, strides, BLOCK: tl.constexpr, LARGE: tl.constexpr):
+    """Offsets of tokens in an image, (tokens, BLOCK)."""
+    if LARGE:
+        y = y.to(tl.int64)
+        x = x.to(tl.int64)
+    return (y * strides[2] + x * strides[3])[:, None] + channel_offsets(strides, BLOCK, LARGE)
+
+
+@triton.jit
+def begin(tensor, strides, head, walk, y_axis):
+    """Pointer to a head where a walk begins, and how far the next step is."""
+    image, row, _, down = walk
+    down_step = (y_axis[1] * y_axis[2]).to(tl.int64) * strides[2]
+    tensor += image.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[4]
+    return tensor + row * down_step, tl.where(down, down_step, strides[0])
 
 
 @triton.jit
@@ -105,32 +121,6 @@ def contiguous(height, width, heads, D: tl.constexpr, LARGE: tl.constexpr):
     return height.to(tl.int64) * row, 0, row, heads * D, D, 1
 
 
-@triton.jit
-def load_window(
-    tensor, strides, image, row, head, y, x, present,
-    D: tl.constexpr, BLOCK: tl.constexpr, LARGE: tl.constexpr,
-):  # fmt: skip
-    """`common.load_tokens` of a window `row` tokens below the first."""
-    tensor += row.to(tl.int64) * strides[2]
-    return load_tokens(
-        tensor, strides, image, head, (y * 0, y, x), present, (0, 0, 0), (1, 1, 1),
-        D, BLOCK, LARGE,
-    )  # fmt: skip
-
-
-@triton.jit
-def store_window(
-    tensor, strides, image, row, head, y, x, present, tokens,
-    D: tl.constexpr, BLOCK: tl.constexpr, LARGE: tl.constexpr,
-):  # fmt: skip
-    """Writes what `load_window` reads."""
-    tensor += row.to(tl.int64) * strides[2]
-    store_tokens(
-        tensor, strides, image, head, (y * 0, y, x), present, (0, 0, 0), (1, 1, 1), tokens,
-        D, BLOCK, LARGE,
-    )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     query, key, value, bias,  # bias None: there is none
@@ -139,48 +129,52 @@ def forward_kernel(
     bias_strides,  # (head, y, x)
     images, heads, height, width,
     size_y, size_x, dilation_y, dilation_x, lead_y, lead_x, wrap_y, wrap_x,
-    tiles_y, tiles_x,  # windows of the largest residue class
+    tiles_x,  # windows in a row of the largest residue class
     first_row, rows,  # windows that look alike from above
-    steps,  # of a walk
+    steps,  # of a walk, at most
     scale,
     GROUP: tl.constexpr,  # query heads per key head
     TILE: tl.constexpr,  # powers of two that hold a window
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
-    head, y, x, present, part, first, stop, rows = place(
-        tl.program_id(0), images, heads,
-        (height, size_y, dilation_y, lead_y, wrap_y), (width, size_x, dilation_x, lead_x, wrap_x),
-        tiles_y, tiles_x, first_row, rows, steps, TILE,
-    )  # fmt: skip
+    y_axis = (height, size_y, dilation_y, lead_y, wrap_y)
+    x_axis = (width, size_x, dilation_x, lead_x, wrap_x)
+    head, walk, y, x, present, part = place(
+        tl.program_id(0), images, heads, y_axis, x_axis, tiles_x, first_row, rows, steps, TILE
+    )
     added = bias_tile(bias, bias_strides, head, part, present, size_y, size_x, TILE)
     output_strides = contiguous(height, width, heads, VALUE_D, LARGE)
     row_strides = contiguous(height, width, heads, 1, LARGE)
-    for step in range(first, stop):
-        image = step // rows
-        row = (step - image * rows) * (size_y * dilation_y)
-        q = load_window(query, query_strides, image, row, head, y, x, present, D, BLOCK_D, LARGE)
-        k = load_window(
-            key, key_strides, image, row, head // GROUP, y, x, present, D, BLOCK_D, LARGE
-        )
-        v = load_window(
-            value, value_strides, image, row, head // GROUP, y, x, present,
-            VALUE_D, BLOCK_VALUE_D, LARGE,
-        )  # fmt: skip
+    query, query_step = begin(query, query_strides, head, walk, y_axis)
+    key, key_step = begin(key, key_strides, head // GROUP, walk, y_axis)
+    value, value_step = begin(value, value_strides, head // GROUP, walk, y_axis)
+    output, output_step = begin(output, output_strides, head, walk, y_axis)
+    logsumexp, row_step = begin(logsumexp, row_strides, head, walk, y_axis)
+    query += offsets(y, x, query_strides, BLOCK_D, LARGE)
+    key += offsets(y, x, key_strides, BLOCK_D, LARGE)
+    value += offsets(y, x, value_strides, BLOCK_VALUE_D, LARGE)
+    output += offsets(y, x, output_strides, BLOCK_VALUE_D, LARGE)
+    logsumexp += offsets(y, x, row_strides, 1, LARGE)
+    mask = present[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    value_mask = present[:, None] & (tl.arange(0, BLOCK_VALUE_D) < VALUE_D)[None, :]
+    for _ in range(walk[2]):
+        q = tl.load(query, mask=mask, other=0.0)
+        k = tl.load(key, mask=mask, other=0.0)
+        v = tl.load(value, mask=value_mask, other=0.0)
         scores = dot(q, tl.trans(k), None, PRECISION, UPCAST) * (scale * LOG2E) + added
         # Finite where there is no query, whose row is -inf.
         maximum = tl.maximum(tl.max(scores, 1), -1e30)
         weights = tl.exp2(scores - maximum[:, None])
         total = tl.where(present, tl.sum(weights, 1), 1.0)
         tokens = dot(weights.to(v.dtype), v, None, PRECISION, UPCAST) * (1 / total)[:, None]
-        store_window(
-            output, output_strides, image, row, head, y, x, present, tokens,
-            VALUE_D, BLOCK_VALUE_D, LARGE,
-        )  # fmt: skip
-        store_rows(
-            logsumexp, row_strides, image, head, (y * 0, y + row, x), present,
-            (0, 0, 0), (1, 1, 1), maximum + tl.log2(total), LARGE,
-        )  # fmt: skip
+        tl.store(output, tokens.to(output.dtype.element_ty), mask=value_mask)
+        tl.store(logsumexp, (maximum + tl.log2(total))[:, None], mask=present[:, None])
+        query += query_step
+        key += key_step
+        value += value_step
+        output += output_step
+        logsumexp += row_step
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -191,7 +185,7 @@ def backward_kernel(
     query_strides, key_strides, value_strides, grad_output_strides, bias_strides,
     images, heads, height, width,  # arguments as those of forward_kernel
     size_y, size_x, dilation_y, dilation_x, lead_y, lead_x, wrap_y, wrap_x,
-    tiles_y, tiles_x, first_row, rows, steps,
+    tiles_x, first_row, rows, steps,
     scale,
     TILE: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
@@ -199,40 +193,46 @@ def backward_kernel(
 ):  # fmt: skip
     BLOCK: tl.constexpr = TILE[0] * TILE[1]
     program = tl.program_id(0)
-    head, y, x, present, part, first, stop, rows = place(
-        program, images, heads,
-        (height, size_y, dilation_y, lead_y, wrap_y), (width, size_x, dilation_x, lead_x, wrap_x),
-        tiles_y, tiles_x, first_row, rows, steps, TILE,
-    )  # fmt: skip
+    y_axis = (height, size_y, dilation_y, lead_y, wrap_y)
+    x_axis = (width, size_x, dilation_x, lead_x, wrap_x)
+    head, walk, y, x, present, part = place(
+        program, images, heads, y_axis, x_axis, tiles_x, first_row, rows, steps, TILE
+    )
     added = bias_tile(bias, bias_strides, head, part, present, size_y, size_x, TILE)
     strides = contiguous(height, width, heads, D, LARGE)
-    value_grad_strides = contiguous(height, width, heads, VALUE_D, LARGE)
+    grad_value_strides = contiguous(height, width, heads, VALUE_D, LARGE)
     row_strides = contiguous(height, width, heads, 1, LARGE)
+    query, query_step = begin(query, query_strides, head, walk, y_axis)
+    key, key_step = begin(key, key_strides, head, walk, y_axis)
+    value, value_step = begin(value, value_strides, head, walk, y_axis)
+    grad_output, grad_output_step = begin(grad_output, grad_output_strides, head, walk, y_axis)
+    logsumexp, row_step = begin(logsumexp, row_strides, head, walk, y_axis)
+    grad_query, step = begin(grad_query, strides, head, walk, y_axis)
+    grad_key, step = begin(grad_key, strides, head, walk, y_axis)
+    grad_value, grad_value_step = begin(grad_value, grad_value_strides, head, walk, y_axis)
+    query_offsets = offsets(y, x, query_strides, BLOCK_D, LARGE)
+    key_offsets = offsets(y, x, key_strides, BLOCK_D, LARGE)
+    value_offsets = offsets(y, x, value_strides, BLOCK_VALUE_D, LARGE)
+    grad_output_offsets = offsets(y, x, grad_output_strides, BLOCK_VALUE_D, LARGE)
+    grad_offsets = offsets(y, x, strides, BLOCK_D, LARGE)
+    grad_value_offsets = offsets(y, x, grad_value_strides, BLOCK_VALUE_D, LARGE)
+    row_offsets = offsets(y, x, row_strides, 1, LARGE)
+    mask = present[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    value_mask = present[:, None] & (tl.arange(0, BLOCK_VALUE_D) < VALUE_D)[None, :]
     if partial_sums is not None:
         sums = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for step in range(first, stop):
-        image = step // rows
-        row = (step - image * rows) * (size_y * dilation_y)
-        q = load_window(query, query_strides, image, row, head, y, x, present, D, BLOCK_D, LARGE)
-        k = load_window(key, key_strides, image, row, head, y, x, present, D, BLOCK_D, LARGE)
-        v = load_window(
-            value, value_strides, image, row, head, y, x, present, VALUE_D, BLOCK_VALUE_D, LARGE
-        )
-        grad = load_window(
-            grad_output, grad_output_strides, image, row, head, y, x, present,
-            VALUE_D, BLOCK_VALUE_D, LARGE,
-        )  # fmt: skip
-        row_logsumexp = load_rows(
-            logsumexp, row_strides, image, head, (y * 0, y + row, x), present,
-            (0, 0, 0), (1, 1, 1), float("inf"), LARGE,
-        )  # fmt: skip
+    for _ in range(walk[2]):
+        q = tl.load(query + query_offsets, mask=mask, other=0.0)
+        k = tl.load(key + key_offsets, mask=mask, other=0.0)
+        v = tl.load(value + value_offsets, mask=value_mask, other=0.0)
+        grad = tl.load(grad_output + grad_output_offsets, mask=value_mask, other=0.0)
+        rows_ = tl.load(logsumexp + row_offsets, mask=present[:, None], other=float("inf"))
         scores = dot(q, tl.trans(k), None, PRECISION, UPCAST) * (scale * LOG2E) + added
-        weights = tl.exp2(scores - row_logsumexp[:, None])
-        grad_value_tokens = dot(tl.trans(weights.to(grad.dtype)), grad, None, PRECISION, UPCAST)
-        store_window(
-            grad_value, value_grad_strides, image, row, head, y, x, present, grad_value_tokens,
-            VALUE_D, BLOCK_VALUE_D, LARGE,
-        )  # fmt: skip
+        weights = tl.exp2(scores - rows_)
+        tokens = dot(tl.trans(weights.to(grad.dtype)), grad, None, PRECISION, UPCAST)
+        tl.store(
+            grad_value + grad_value_offsets, tokens.to(grad_value.dtype.element_ty), mask=value_mask
+        )
         # The sum of grad_output * output over channels is that of the products over keys.
         products = weights * dot(grad, tl.trans(v), None, PRECISION, UPCAST)
         grad_scores = products - weights * tl.sum(products, 1)[:, None]
@@ -240,11 +240,17 @@ def backward_kernel(
             sums += grad_scores
         grad_scores = grad_scores.to(q.dtype)
         tokens = dot(grad_scores, k, None, PRECISION, UPCAST) * scale
-        store_window(
-            grad_query, strides, image, row, head, y, x, present, tokens, D, BLOCK_D, LARGE
-        )
+        tl.store(grad_query + grad_offsets, tokens.to(grad_query.dtype.element_ty), mask=mask)
         tokens = dot(tl.trans(grad_scores), q, None, PRECISION, UPCAST) * scale
-        store_window(grad_key, strides, image, row, head, y, x, present, tokens, D, BLOCK_D, LARGE)
+        tl.store(grad_key + grad_offsets, tokens.to(grad_key.dtype.element_ty), mask=mask)
+        query += query_step
+        key += key_step
+        value += value_step
+        grad_output += grad_output_step
+        logsumexp += row_step
+        grad_query += step
+        grad_key += step
+        grad_value += grad_value_step
     if partial_sums is not None:
         index = tl.arange(0, BLOCK)
         target = partial_sums + program.to(tl.int64) * (BLOCK * BLOCK)

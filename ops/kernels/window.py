@@ -30,8 +30,8 @@ LONGEST_WALK = 32
 # of 64 tokens; smaller ones have fewer warps. As in `tiles.py`, read off ahead-of-time compilation.
 _SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
     ("forward", 2): {32: (4, 2), 64: (4, 2), 128: (4, 1)},
-    ("forward", 4): {32: (8, 1), 64: (8, 1)},
-    ("backward", 2): {32: (4, 1), 64: (8, 1)},
+    ("forward", 4): {32: (8, 1)},
+    ("backward", 2): {32: (4, 1)},
     ("backward", 4): {32: (8, 1)},
 }
 

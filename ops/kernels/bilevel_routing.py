@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitarium.ops.kernels import bilevel_routing_backward, bilevel_routing_forward
 from vitarium.ops.kernels.launch import launch, positive_scale, widths
-from vitarium.ops.kernels.rows import row_arguments
+from vitarium.ops.kernels.rows import view, views
 
 # (kernel, element size) -> by padded head_dim: tokens of the tile that a program stays with and of
 # those it walks over, num_warps, num_stages and, where the assembler would else spill,
@@ -144,7 +144,7 @@ def _common_arguments(
 ) -> dict[str, Any]:
     """Arguments that are the same for all kernels."""
     return {
-        **row_arguments(widths(query, value), query=query, key=key, value=value, **maps),
+        **views(widths(query, value), query=query, key=key, value=value, **maps),
         "weights": None if weights is None else weights.contiguous(),
         "height": query.shape[1] // grid[0],
         "width": query.shape[2] // grid[1],
@@ -205,7 +205,7 @@ def forward(
         programs,
         query.device,
         routing=routing.contiguous(),
-        output=output,
+        output=view(output),
         logsumexp=logsumexp,
         scale=scale,
         **common,
@@ -275,8 +275,8 @@ def backward(
         programs,
         query.device,
         routing=routing.contiguous(),
-        output=output,
-        grad_query=grad_query,
+        output=view(output),
+        grad_query=view(grad_query),
         weight_sums=sums,
         TOPK=topk,
         **common,
@@ -294,8 +294,8 @@ def backward(
         query.device,
         entries=entries,
         starts=starts,
-        grad_key=grad_key,
-        grad_value=grad_value,
+        grad_key=view(grad_key),
+        grad_value=view(grad_value),
         **common,
         **tiles,
     )

@@ -26,6 +26,7 @@ from vitarium.ops.kernels.bilevel_routing_forward import (
 from vitarium.ops.kernels.common import LOG2E, dot
 from vitarium.ops.kernels.rows import (
     load_numbers,
+    load_pair,
     load_queries,
     load_vectors,
     store_numbers,
@@ -38,7 +39,6 @@ def query_kernel(
     query, key, value, routing, weights, output, logsumexp, grad_output,
     grad_query, delta,  # results; delta is the sum of grad_output * output over channels
     weight_sums,  # result: (programs, TOPK), contiguous; None: not wanted
-    query_strides, key_strides, value_strides, grad_output_strides,
     height, width, key_height, key_width, topk, heads, tiles, scale,  # as those of forward_kernel
     GRID: tl.constexpr, GROUP: tl.constexpr,
     TOPK: tl.constexpr,  # a power of two, at least topk
@@ -56,17 +56,13 @@ def query_kernel(
         exists = None
     first = batch.to(tl.int64) * (height * width * REGIONS)
     key_first = batch.to(tl.int64) * (key_height * key_width * REGIONS)
-    o = load_vectors(
-        output, (heads * VALUE_D, VALUE_D), first, head, token, exists,
-        VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
-    )  # fmt: skip
+    o = load_vectors(output, first, head, token, exists, VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN)
     grad = load_vectors(
-        grad_output, grad_output_strides, first, head, token, exists,
-        VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
-    )  # fmt: skip
+        grad_output, first, head, token, exists, VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN
+    )
     row_delta = tl.sum(o.to(tl.float32) * grad.to(tl.float32), 1)
     store_numbers(delta, first, heads, head, token, exists, row_delta, LARGE)
-    q = load_vectors(query, query_strides, first, head, token, exists, D, BLOCK_D, LARGE, ALIGN)
+    q = load_vectors(query, first, head, token, exists, D, BLOCK_D, LARGE, ALIGN)
     row_logsumexp = load_numbers(logsumexp, first, heads, head, token, exists, float("inf"), LARGE)
     accumulator = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     sums = tl.zeros([TOPK], tl.float32)
@@ -77,12 +73,9 @@ def query_kernel(
         )
         if KEY_FULL:
             k_exists = None
-        k = load_vectors(
-            key, key_strides, key_first, head // GROUP, k_token, k_exists, D, BLOCK_D, LARGE, ALIGN
-        )
-        v = load_vectors(
-            value, value_strides, key_first, head // GROUP, k_token, k_exists,
-            VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
+        k, v = load_pair(
+            key, value, key_first, head // GROUP, k_token, k_exists,
+            D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE, ALIGN,
         )  # fmt: skip
         products = dot(q, tl.trans(k), None, PRECISION, UPCAST)
         grad_weights = dot(grad, tl.trans(v), None, PRECISION, UPCAST)
@@ -109,7 +102,7 @@ def query_kernel(
             grad_scores *= soft
         accumulator = dot(grad_scores.to(k.dtype), k, accumulator, PRECISION, UPCAST)
     store_vectors(
-        grad_query, (heads * D, D), first, head, token, exists, accumulator * scale,
+        grad_query, first, head, token, exists, accumulator * scale,
         D, BLOCK_D, LARGE, ALIGN,
     )  # fmt: skip
     if weight_sums is not None:
@@ -123,7 +116,6 @@ def key_value_kernel(
     entries,  # (B, regions * topk): entries of an image's table, sorted by the region they name
     starts,  # (B, regions + 1): where those that name a region begin
     grad_key, grad_value,  # results
-    query_strides, key_strides, value_strides, grad_output_strides,
     height, width, key_height, key_width, topk,
     heads, tiles,  # of keys
     scale,
@@ -142,12 +134,9 @@ def key_value_kernel(
         k_exists = None
     first = batch.to(tl.int64) * (height * width * REGIONS)
     key_first = batch.to(tl.int64) * (key_height * key_width * REGIONS)
-    k = load_vectors(
-        key, key_strides, key_first, key_head, k_token, k_exists, D, BLOCK_D, LARGE, ALIGN
-    )
-    v = load_vectors(
-        value, value_strides, key_first, key_head, k_token, k_exists,
-        VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
+    k, v = load_pair(
+        key, value, key_first, key_head, k_token, k_exists,
+        D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE, ALIGN,
     )  # fmt: skip
     k_accumulator = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     v_accumulator = tl.zeros([BLOCK, BLOCK_VALUE_D], tl.float32)
@@ -171,8 +160,7 @@ def key_value_kernel(
         if FULL:
             exists = None
         q, grad, row_logsumexp, row_delta = load_queries(
-            query, grad_output, logsumexp, delta, query_strides, grad_output_strides,
-            first, heads * GROUP, head, token, exists,
+            query, grad_output, logsumexp, delta, first, heads * GROUP, head, token, exists,
             D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE, ALIGN,
         )  # fmt: skip
         # Transposed, keys are rows, so that the last two products take the weights as they are.
@@ -192,10 +180,10 @@ def key_value_kernel(
         v_accumulator = dot(attention.to(grad.dtype), grad, v_accumulator, PRECISION, UPCAST)
         k_accumulator = dot(grad_scores.to(q.dtype), q, k_accumulator, PRECISION, UPCAST)
     store_vectors(
-        grad_key, (heads * D, D), key_first, key_head, k_token, k_exists, k_accumulator * scale,
+        grad_key, key_first, key_head, k_token, k_exists, k_accumulator * scale,
         D, BLOCK_D, LARGE, ALIGN,
     )  # fmt: skip
     store_vectors(
-        grad_value, (heads * VALUE_D, VALUE_D), key_first, key_head, k_token, k_exists,
+        grad_value, key_first, key_head, k_token, k_exists,
         v_accumulator, VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from vitarium.ops.kernels.common import LOG2E, dot, softmax_step
-from vitarium.ops.kernels.rows import load_vectors, store_numbers, store_vectors
+from vitarium.ops.kernels.rows import load_pair, load_vectors, store_numbers, store_vectors
 
 # What varies with the map: values for which nothing is compiled anew.
 SIZES = ["height", "width", "key_height", "key_width", "topk", "heads", "tiles"]
@@ -85,10 +85,9 @@ def keys_of_step(
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    query, key, value,
+    query, key, value,  # views
     routing, weights,  # (B * regions, topk), contiguous; weights None: there are none
-    output, logsumexp,  # results, contiguous
-    query_strides, key_strides, value_strides,  # (token, head)
+    output, logsumexp,  # results: a view, and a contiguous tensor
     height, width, key_height, key_width,  # of a region of queries and of keys, in tokens
     topk, heads,
     tiles,  # of a region's queries
@@ -108,7 +107,7 @@ def forward_kernel(
         exists = None
     first = batch.to(tl.int64) * (height * width * REGIONS)
     key_first = batch.to(tl.int64) * (key_height * key_width * REGIONS)
-    q = load_vectors(query, query_strides, first, head, token, exists, D, BLOCK_D, LARGE, ALIGN)
+    q = load_vectors(query, first, head, token, exists, D, BLOCK_D, LARGE, ALIGN)
     maximum = tl.full([BLOCK], -1e30, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     accumulator = tl.zeros([BLOCK, BLOCK_VALUE_D], tl.float32)
@@ -119,12 +118,9 @@ def forward_kernel(
         )
         if KEY_FULL:
             k_exists = None
-        k = load_vectors(
-            key, key_strides, key_first, head // GROUP, k_token, k_exists, D, BLOCK_D, LARGE, ALIGN
-        )
-        v = load_vectors(
-            value, value_strides, key_first, head // GROUP, k_token, k_exists,
-            VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
+        k, v = load_pair(
+            key, value, key_first, head // GROUP, k_token, k_exists,
+            D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE, ALIGN,
         )  # fmt: skip
         scores = dot(q, tl.trans(k), None, PRECISION, UPCAST)
         if weights is not None:
@@ -141,7 +137,7 @@ def forward_kernel(
             scores, v, maximum, total, accumulator, scale * LOG2E, PRECISION, UPCAST
         )
     store_vectors(
-        output, (heads * VALUE_D, VALUE_D), first, head, token, exists,
-        accumulator / total[:, None], VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
+        output, first, head, token, exists, accumulator * (1.0 / total)[:, None],
+        VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
     )  # fmt: skip
     store_numbers(logsumexp, first, heads, head, token, exists, maximum + tl.log2(total), LARGE)

@@ -1,8 +1,8 @@
 """Maps as rows of tokens: what kernels share whose tiles are addressed by the number of a token.
 
-Tokens of a map count in raster order, and the tokens of all images lie at equal distances, so that
-two strides, (token, head), and the channels' 1 address a tensor of any number of images and any
-size of map: nothing here makes the compiler distinguish maps by their size.
+Tokens of a map count in raster order, and those of all images lie at equal distances, so that two
+strides address maps of any size: nothing here is compiled anew for another size. Kernels take a
+map `(B, *spatial, heads, channels)` as a triple, a view: tensor, stride of tokens, stride of heads.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from torch import Tensor
 
 LARGEST_OFFSET = 1 << 31  # that 32 bits do not hold
 
+View = tuple[Tensor, int, int]
 
-def by_token(tensor: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """A map `(B, *spatial, heads, channels)` and its strides (token, head).
+
+def view(tensor: Tensor) -> View:
+    """The view of a map.
 
     Maps whose channels do not lie next to each other, or whose tokens not at equal distances, are
     copied: reading these in place costs a GPU more than the copy.
@@ -35,32 +37,27 @@ def by_token(tensor: Tensor) -> tuple[Tensor, tuple[int, int]]:
         step = stride * size
     else:
         if channel == 1 or channels == 1:
-            return tensor, (heads * channels if token is None else token, head)
-    return tensor.contiguous(), (heads * channels, channels)
+            return tensor, heads * channels if token is None else token, head
+    return tensor.contiguous(), heads * channels, channels
 
 
-def row_arguments(widths: dict[str, Any], **maps: Tensor) -> dict[str, Any]:
-    """Arguments of kernels about maps: tensors, their strides, and what the compiler is told.
+def views(widths: dict[str, Any], **maps: Tensor) -> dict[str, Any]:
+    """Views of maps by name, `widths` of `launch.widths`, and ALIGN and LARGE of `vectors`.
 
-    Args:
-        widths: of heads, from `launch.widths`; they are the strides of results, which are
-            contiguous.
-        maps: `(B, *spatial, heads, channels)` by name.
+    These hold for contiguous results of the same widths and numbers of tokens and heads, too.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {name: view(tensor) for name, tensor in maps.items()}
     align, most = math.gcd(16, widths["D"], widths["VALUE_D"]), 0
-    for name, tensor in maps.items():
-        found[name], (token, head) = by_token(tensor)
-        found[f"{name}_strides"] = token, head
+    for tensor, token, head in found.values():
         align = math.gcd(align, token, head)
-        width = max(token, tensor.shape[-2] * max(widths["D"], widths["VALUE_D"]))
-        most = max(most, math.prod(tensor.shape[1:-2]) * width)
-    return {**found, **widths, "ALIGN": align, "LARGE": most >= LARGEST_OFFSET}
+        width = tensor.shape[-2] * max(widths["D"], widths["VALUE_D"])
+        most = max(most, math.prod(tensor.shape[1:-2]) * max(token, width))
+    return {**widths, **found, "ALIGN": align, "LARGE": most >= LARGEST_OFFSET}
 
 
 @triton.jit
-def vectors(tensor, strides, first, head, token, BLOCK: tl.constexpr,
-            LARGE: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
+def vectors(view, first, head, token, BLOCK: tl.constexpr, LARGE: tl.constexpr,
+            ALIGN: tl.constexpr):  # fmt: skip
     """Pointers (tokens, BLOCK) to the vectors of one head.
 
     `token` counts from the token number `first`, that of an image. LARGE: 32 bits do not hold an
@@ -69,9 +66,9 @@ def vectors(tensor, strides, first, head, token, BLOCK: tl.constexpr,
     """
     if LARGE:
         token = token.to(tl.int64)
-    base = tl.multiple_of(first.to(tl.int64) * strides[0] + head * strides[1], ALIGN)
-    offset = tl.multiple_of(token * strides[0], ALIGN)
-    return tensor + base + (offset[:, None] + tl.arange(0, BLOCK)[None, :])
+    base = tl.multiple_of(first.to(tl.int64) * view[1] + head * view[2], ALIGN)
+    offset = tl.multiple_of(token * view[1], ALIGN)
+    return view[0] + base + (offset[:, None] + tl.arange(0, BLOCK)[None, :])
 
 
 @triton.jit
@@ -87,10 +84,10 @@ def vector_mask(present, D: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_vectors(tensor, strides, first, head, token, present, D: tl.constexpr, BLOCK: tl.constexpr,
+def load_vectors(view, first, head, token, present, D: tl.constexpr, BLOCK: tl.constexpr,
                  LARGE: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     """Vectors of tokens, (tokens, BLOCK); zero where `present` is false and beyond D."""
-    source = vectors(tensor, strides, first, head, token, BLOCK, LARGE, ALIGN)
+    source = vectors(view, first, head, token, BLOCK, LARGE, ALIGN)
     if present is None and D == BLOCK:
         return tl.load(source)
     else:
@@ -98,11 +95,11 @@ def load_vectors(tensor, strides, first, head, token, present, D: tl.constexpr, 
 
 
 @triton.jit
-def store_vectors(tensor, strides, first, head, token, present, rows, D: tl.constexpr,
-                  BLOCK: tl.constexpr, LARGE: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
+def store_vectors(view, first, head, token, present, rows, D: tl.constexpr, BLOCK: tl.constexpr,
+                  LARGE: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     """Writes what `load_vectors` reads, in the tensor's dtype."""
-    target = vectors(tensor, strides, first, head, token, BLOCK, LARGE, ALIGN)
-    rows = rows.to(tensor.dtype.element_ty)
+    target = vectors(view, first, head, token, BLOCK, LARGE, ALIGN)
+    rows = rows.to(view[0].dtype.element_ty)
     if present is None and D == BLOCK:
         tl.store(target, rows)
     else:
@@ -135,8 +132,7 @@ def store_numbers(tensor, first, heads, head, token, present, values, LARGE: tl.
 
 @triton.jit
 def load_queries(
-    query, grad_output, logsumexp, delta, query_strides, grad_output_strides,
-    first, heads, head, token, present,
+    query, grad_output, logsumexp, delta, first, heads, head, token, present,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
     LARGE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -145,11 +141,22 @@ def load_queries(
     Query, gradient of the output, base-2 log-sum-exp of the scores, and delta, the sum of a row's
     weights times their gradients.
     """
-    q = load_vectors(query, query_strides, first, head, token, present, D, BLOCK_D, LARGE, ALIGN)
+    q = load_vectors(query, first, head, token, present, D, BLOCK_D, LARGE, ALIGN)
     grad = load_vectors(
-        grad_output, grad_output_strides, first, head, token, present,
-        VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
-    )  # fmt: skip
+        grad_output, first, head, token, present, VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN
+    )
     row_logsumexp = load_numbers(logsumexp, first, heads, head, token, present, float("inf"), LARGE)
     row_delta = load_numbers(delta, first, heads, head, token, present, 0.0, LARGE)
     return q, grad, row_logsumexp, row_delta
+
+
+@triton.jit
+def load_pair(
+    key, value, first, head, token, present,
+    D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
+    LARGE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of tokens."""
+    k = load_vectors(key, first, head, token, present, D, BLOCK_D, LARGE, ALIGN)
+    v = load_vectors(value, first, head, token, present, VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN)
+    return k, v

@@ -46,6 +46,14 @@ def launch(
         kernel[(programs,)](**arguments, **options)
 
 
+def capability() -> int:
+    """Compute capability that kernels are compiled for, 90 for 9.0; that too in the interpreter."""
+    if TRITON_INTERPRET:
+        return 90
+    arch = triton.runtime.driver.active.get_current_target().arch
+    return arch if isinstance(arch, int) else 80  # not of NVIDIA
+
+
 def widths(query: Tensor, value: Tensor) -> dict[str, Any]:
     """Compile-time arguments for heads of query's and value's width and their products."""
     head_dim, value_dim = query.shape[-1], value.shape[-1]

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitarium.ops.kernels import local_backward, local_forward
-from vitarium.ops.kernels import window as whole_windows
+from vitarium.ops.kernels import window as one_tile
 from vitarium.ops.kernels.launch import (
     diagonal_sums,
     large,
@@ -153,8 +153,8 @@ def forward(
         The output `(B, *spatial, num_heads, value_dim)`, contiguous, and the base-2 log-sum-exp of
         the scores, `(B, *spatial, num_heads)`, float32.
     """
-    if query.numel() and whole_windows.fits("forward", query, key, value, windows):
-        return whole_windows.forward(query, key, value, bias, windows, scale)
+    if query.numel() and one_tile.fits("forward", query, key, value, windows):
+        return one_tile.forward(query, key, value, bias, windows, scale)
     sign, scale = positive_scale(scale)
     if sign != 1:
         query = query * sign
@@ -204,8 +204,8 @@ def backward(
         grad_output: `(B, *spatial, num_heads, value_dim)`, any strides.
         output, logsumexp: what `forward` returned; the other arguments are what it got.
     """
-    if query.numel() and whole_windows.fits("backward", query, key, value, windows):
-        return whole_windows.backward(
+    if query.numel() and one_tile.fits("backward", query, key, value, windows):
+        return one_tile.backward(
             grad_output, query, key, value, bias, logsumexp, windows, scale, bias_needs_grad
         )
     sign, scale = positive_scale(scale)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,14 @@ import triton
 from torch import Tensor
 
 from vitarium.ops.kernels import window_kernels
-from vitarium.ops.kernels.launch import diagonal_sums, large, launch, map_strides, widths
+from vitarium.ops.kernels.launch import (
+    capability,
+    diagonal_sums,
+    large,
+    launch,
+    map_strides,
+    widths,
+)
 from vitarium.ops.windows import Block, Pattern
 
 AXES = 2
@@ -26,14 +32,22 @@ LARGEST_TILE = 64  # tokens
 PROGRAMS = {"forward": 1024, "backward": 512}
 LONGEST_WALK = 32
 
-# (kernel, element size) -> by padded head_dim: num_warps, num_stages and max_registers for a tile
-# of 64 tokens; smaller ones have fewer warps. As in `tiles.py`, read off ahead-of-time compilation.
-_SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
+# (kernel, element size) -> by padded head_dim: num_warps and num_stages for a tile of 64 tokens;
+# smaller ones have fewer warps. As in `tiles.py`, read off ahead-of-time compilation.
+_SIZES: dict[tuple[str, int], dict[int, tuple[int, int]]] = {
     ("forward", 2): {32: (4, 2), 64: (4, 2), 128: (4, 1)},
     ("forward", 4): {32: (8, 1)},
-    ("backward", 2): {32: (4, 1)},
+    ("backward", 2): {32: (4, 2), 64: (8, 2)},
     ("backward", 4): {32: (8, 1)},
 }
+# Before compute capability 9.0 operands of matrix products need registers, which is why the next
+# window cannot be loaded ahead.
+_SIZES_BEFORE_90 = {**_SIZES, ("backward", 2): {32: (4, 1)}}
+
+
+def _sizes(kernel: str, query: Tensor) -> dict[int, tuple[int, int]]:
+    table = _SIZES if capability() >= 90 else _SIZES_BEFORE_90
+    return table[kernel, query.element_size()]
 
 
 def fits(
@@ -43,16 +57,21 @@ def fits(
     return (
         len(windows) <= AXES
         and all(isinstance(window, Block) and not window.halo for window in windows)
-        and math.prod(_tile(windows)) <= LARGEST_TILE
-        and max(query.shape[-1], value.shape[-1]) <= max(_SIZES[kernel, query.element_size()])
+        and _tile(windows)[0] <= LARGEST_TILE
+        and max(query.shape[-1], value.shape[-1]) <= max(_sizes(kernel, query))
         and (kernel == "forward" or query.shape[-2] == key.shape[-2])
     )
 
 
 def _tile(windows: Sequence[Pattern]) -> tuple[int, int]:
-    """Powers of two that hold a window, at least the 16 tokens of a matrix product."""
-    y, x = (triton.next_power_of_2(size) for size in _two((w.window_size for w in windows), 1))
-    return y, max(x, 16 // y)
+    """Tokens of a tile that holds a window, a power of two, and of each of its rows.
+
+    Rows are lengthened to a power of two where that costs nothing: it spares divisions.
+    """
+    height, width = _two((window.window_size for window in windows), 1)
+    tokens = max(16, triton.next_power_of_2(height * width))  # the least of a matrix product
+    columns = triton.next_power_of_2(width)
+    return tokens, columns if height * columns <= tokens else width
 
 
 def _two(values: Any, fill: Any) -> tuple[Any, Any]:
@@ -94,18 +113,19 @@ def _geometry(
 
     `dense`: images lie one behind the other in all tensors.
     """
+    tokens, columns = _tile(windows)
     axes = _two(windows, Block(1, 1, 0, 0, 0))
     lengths = _two(spatial, 1)
     (tiles_y, first_row, rows, wrap_y), (tiles_x, _, _, wrap_x) = map(_axis, lengths, axes)
-    columns = heads * tiles_x * axes[0].dilation * axes[1].dilation
-    steps = columns * tiles_y * batch // PROGRAMS[kernel]
+    places = heads * tiles_x * axes[0].dilation * axes[1].dilation
+    steps = places * tiles_y * batch // PROGRAMS[kernel]
     steps = max(1, min(steps, LONGEST_WALK))
     if dense and rows * axes[0].window_size == lengths[0]:  # images are rows of one large image
         tiles_y, rows, batch = tiles_y * batch, rows * batch, 1
     elif batch >= rows:
         first_row = rows = 0
     walks = batch * triton.cdiv(rows, steps) + (tiles_y - rows) * triton.cdiv(batch, steps)
-    return columns * walks, {
+    return places * walks, {
         "images": batch,
         "heads": heads,
         "height": lengths[0],
@@ -122,7 +142,8 @@ def _geometry(
         "first_row": first_row,
         "rows": rows,
         "steps": steps,
-        "TILE": _tile(windows),
+        "BLOCK": tokens,
+        "COLUMNS": columns,
     }
 
 
@@ -141,9 +162,9 @@ def _arguments(
     programs, geometry = _geometry(
         kernel, batch, heads, tuple(query.shape[1:-2]), tuple(windows), dense
     )
-    sizes = _SIZES[kernel, query.element_size()]
+    sizes = _sizes(kernel, query)
     head_dim = max(query.shape[-1], value.shape[-1])
-    warps, stages, *registers = sizes[min(dim for dim in sizes if dim >= head_dim)]
+    warps, stages = sizes[min(dim for dim in sizes if dim >= head_dim)]
     bias_strides = (0,) * (1 + AXES)
     if bias is not None:
         bias_strides = (bias.stride(0), *_two(bias.stride()[1:], 0))
@@ -156,9 +177,8 @@ def _arguments(
         "key_strides": map_strides(key),
         "value_strides": map_strides(value),
         "bias_strides": bias_strides,
-        "num_warps": max(1, warps * math.prod(geometry["TILE"]) // LARGEST_TILE),
+        "num_warps": max(1, warps * geometry["BLOCK"] // LARGEST_TILE),
         "num_stages": stages,
-        "max_registers": registers[0] if registers else None,
         **geometry,
         **widths(query, value),
     }
@@ -206,8 +226,8 @@ def backward(
     programs, arguments = _arguments("backward", bias, windows, query, key, value, grad_output)
     partial_sums = None
     if bias is not None and bias_needs_grad:
-        tokens = math.prod(arguments["TILE"])
-        partial_sums = query.new_empty((programs, tokens, tokens), dtype=torch.float32)
+        shape = (programs, arguments["BLOCK"], arguments["BLOCK"])
+        partial_sums = query.new_empty(shape, dtype=torch.float32)
     launch(
         window_kernels.backward_kernel,
         programs,
@@ -230,8 +250,10 @@ def backward(
 
 def _grad_bias(partial_sums: Tensor, bias: Tensor, windows: Sequence[Pattern]) -> Tensor:
     """The gradient of the table from that of the score of every pair in a window, by program."""
-    heads, (height, width) = bias.shape[0], _tile(windows)
-    sums = partial_sums.unflatten(0, (-1, heads)).sum(0)
-    sums = sums.view(heads, height, width, height, width).transpose(2, 3).contiguous()
+    heads, height = bias.shape[0], _two((window.window_size for window in windows), 1)[0]
+    _, columns = _tile(windows)
+    count = height * columns
+    sums = partial_sums.unflatten(0, (-1, heads)).sum(0)[:, :count, :count]
+    sums = sums.reshape(heads, height, columns, height, columns).transpose(2, 3).contiguous()
     table = diagonal_sums(sums, (0, 0), _two((window.reach for window in windows), 0))
     return table.reshape(bias.shape).to(bias.dtype)

@@ -42,7 +42,8 @@ def axis_tokens(tile, index, residue, axis):
 
 @triton.jit
 def place(
-    program, images, heads, y_axis, x_axis, tiles_x, first_row, rows, steps, TILE: tl.constexpr
+    program, images, heads, y_axis, x_axis, tiles_x, first_row, rows, steps,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """What a program computes: which windows it walks over, and what holds for all of them.
 
@@ -71,16 +72,25 @@ def place(
     image = tl.where(down, walk, first)
     y_tile = tl.where(down, first_row, walk + tl.where(walk < first_row, 0, rows))
     count = tl.minimum(tl.where(down, rows, images) - first, steps)
-    index = tl.arange(0, TILE[0] * TILE[1])
-    y, y_exists, y_part = axis_tokens(y_tile, index // TILE[1], y_residue, y_axis)
-    x, x_exists, x_part = axis_tokens(x_tile, index % TILE[1], x_residue, x_axis)
+    index = tl.arange(0, BLOCK)
+    y, y_exists, y_part = axis_tokens(y_tile, index // COLUMNS, y_residue, y_axis)
+    x, x_exists, x_part = axis_tokens(x_tile, index % COLUMNS, x_residue, x_axis)
     row = tl.where(down, first, 0)
     return head, (image, row, count, down), y, x, y_exists & x_exists, y_part * 2 + x_part
 
 
 @triton.jit
+def begin(strides, head, walk, y_axis):
+    """Offset of a head where a walk begins, and how far the next step is."""
+    image, row, _, down = walk
+    down_step = (y_axis[1] * y_axis[2]).to(tl.int64) * strides[2]
+    offset = image.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[4] + row * down_step
+    return offset, tl.where(down, down_step, strides[0])
+
+
+@triton.jit
 def offsets(y, x, strides, BLOCK: tl.constexpr, LARGE: tl.constexpr):
-    """Offsets of tokens in an image, (tokens, BLOCK)."""
+    """Offsets of the channels of tokens from where the head of an image begins, (tokens, BLOCK)."""
     if LARGE:
         y = y.to(tl.int64)
         x = x.to(tl.int64)
@@ -88,21 +98,14 @@ def offsets(y, x, strides, BLOCK: tl.constexpr, LARGE: tl.constexpr):
 
 
 @triton.jit
-def begin(tensor, strides, head, walk, y_axis):
-    """Pointer to a head where a walk begins, and how far the next step is."""
-    image, row, _, down = walk
-    down_step = (y_axis[1] * y_axis[2]).to(tl.int64) * strides[2]
-    tensor += image.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[4]
-    return tensor + row * down_step, tl.where(down, down_step, strides[0])
-
-
-@triton.jit
-def bias_tile(bias, strides, head, part, present, size_y, size_x, TILE: tl.constexpr):
+def bias_tile(
+    bias, strides, head, part, present, size_y, size_x, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
+):
     """What is added to base-2 scores, (queries, keys): -inf where they do not see each other."""
     seen = part[:, None] == tl.where(present, part, -1)[None, :]
     if bias is not None:
-        index = tl.arange(0, TILE[0] * TILE[1])
-        key = index // TILE[1] * strides[1] + index % TILE[1] * strides[2]
+        index = tl.arange(0, BLOCK)
+        key = index // COLUMNS * strides[1] + index % COLUMNS * strides[2]
         query = key - (size_y - 1) * strides[1] - (size_x - 1) * strides[2]
         query = tl.where(present, query, 0)  # no entries before the table
         entries = bias + (head.to(tl.int64) * strides[0] + (key[None, :] - query[:, None]))
@@ -113,12 +116,11 @@ def bias_tile(bias, strides, head, part, present, size_y, size_x, TILE: tl.const
 
 
 @triton.jit
-def contiguous(height, width, heads, D: tl.constexpr, LARGE: tl.constexpr):
-    """Strides of a contiguous map as (batch, z, y, x, head, channel)."""
+def row_strides(height, width, heads, LARGE: tl.constexpr):
+    """Strides of a contiguous tensor (batch, 0, y, x, head, 1); those of maps are multiples."""
     if LARGE:
         width = width.to(tl.int64)
-    row = width * heads * D
-    return height.to(tl.int64) * row, 0, row, heads * D, D, 1
+    return height.to(tl.int64) * width * heads, 0, width * heads, heads, 1, 0
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -134,47 +136,49 @@ def forward_kernel(
     steps,  # of a walk, at most
     scale,
     GROUP: tl.constexpr,  # query heads per key head
-    TILE: tl.constexpr,  # powers of two that hold a window
+    BLOCK: tl.constexpr,  # tokens of a tile
+    COLUMNS: tl.constexpr,  # tokens of its rows, at least size_x
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
     y_axis = (height, size_y, dilation_y, lead_y, wrap_y)
     x_axis = (width, size_x, dilation_x, lead_x, wrap_x)
     head, walk, y, x, present, part = place(
-        tl.program_id(0), images, heads, y_axis, x_axis, tiles_x, first_row, rows, steps, TILE
-    )
-    added = bias_tile(bias, bias_strides, head, part, present, size_y, size_x, TILE)
-    output_strides = contiguous(height, width, heads, VALUE_D, LARGE)
-    row_strides = contiguous(height, width, heads, 1, LARGE)
-    query, query_step = begin(query, query_strides, head, walk, y_axis)
-    key, key_step = begin(key, key_strides, head // GROUP, walk, y_axis)
-    value, value_step = begin(value, value_strides, head // GROUP, walk, y_axis)
-    output, output_step = begin(output, output_strides, head, walk, y_axis)
-    logsumexp, row_step = begin(logsumexp, row_strides, head, walk, y_axis)
-    query += offsets(y, x, query_strides, BLOCK_D, LARGE)
-    key += offsets(y, x, key_strides, BLOCK_D, LARGE)
-    value += offsets(y, x, value_strides, BLOCK_VALUE_D, LARGE)
-    output += offsets(y, x, output_strides, BLOCK_VALUE_D, LARGE)
-    logsumexp += offsets(y, x, row_strides, 1, LARGE)
+        tl.program_id(0), images, heads, y_axis, x_axis, tiles_x, first_row, rows, steps,
+        BLOCK, COLUMNS,
+    )  # fmt: skip
+    added = bias_tile(bias, bias_strides, head, part, present, size_y, size_x, BLOCK, COLUMNS)
+    strides = row_strides(height, width, heads, LARGE)
+    row, row_step = begin(strides, head, walk, y_axis)
+    query_at, query_step = begin(query_strides, head, walk, y_axis)
+    key_at, key_step = begin(key_strides, head // GROUP, walk, y_axis)
+    value_at, value_step = begin(value_strides, head // GROUP, walk, y_axis)
+    rows = offsets(y, x, strides, 1, LARGE)
+    query_offsets = offsets(y, x, query_strides, BLOCK_D, LARGE)
+    key_offsets = offsets(y, x, key_strides, BLOCK_D, LARGE)
+    value_offsets = offsets(y, x, value_strides, BLOCK_VALUE_D, LARGE)
+    output_offsets = rows * VALUE_D + tl.arange(0, BLOCK_VALUE_D)[None, :]
     mask = present[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
     value_mask = present[:, None] & (tl.arange(0, BLOCK_VALUE_D) < VALUE_D)[None, :]
     for _ in range(walk[2]):
-        q = tl.load(query, mask=mask, other=0.0)
-        k = tl.load(key, mask=mask, other=0.0)
-        v = tl.load(value, mask=value_mask, other=0.0)
+        q = tl.load(query + query_at + query_offsets, mask=mask, other=0.0)
+        k = tl.load(key + key_at + key_offsets, mask=mask, other=0.0)
+        v = tl.load(value + value_at + value_offsets, mask=value_mask, other=0.0)
         scores = dot(q, tl.trans(k), None, PRECISION, UPCAST) * (scale * LOG2E) + added
         # Finite where there is no query, whose row is -inf.
         maximum = tl.maximum(tl.max(scores, 1), -1e30)
         weights = tl.exp2(scores - maximum[:, None])
         total = tl.where(present, tl.sum(weights, 1), 1.0)
         tokens = dot(weights.to(v.dtype), v, None, PRECISION, UPCAST) * (1 / total)[:, None]
-        tl.store(output, tokens.to(output.dtype.element_ty), mask=value_mask)
-        tl.store(logsumexp, (maximum + tl.log2(total))[:, None], mask=present[:, None])
-        query += query_step
-        key += key_step
-        value += value_step
-        output += output_step
-        logsumexp += row_step
+        tl.store(
+            output + row * VALUE_D + output_offsets,
+            tokens.to(output.dtype.element_ty), mask=value_mask,
+        )  # fmt: skip
+        tl.store(logsumexp + row + rows, (maximum + tl.log2(total))[:, None], mask=present[:, None])
+        row += row_step
+        query_at += query_step
+        key_at += key_step
+        value_at += value_step
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -187,52 +191,50 @@ def backward_kernel(
     size_y, size_x, dilation_y, dilation_x, lead_y, lead_x, wrap_y, wrap_x,
     tiles_x, first_row, rows, steps,
     scale,
-    TILE: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
-    BLOCK: tl.constexpr = TILE[0] * TILE[1]
     program = tl.program_id(0)
     y_axis = (height, size_y, dilation_y, lead_y, wrap_y)
     x_axis = (width, size_x, dilation_x, lead_x, wrap_x)
     head, walk, y, x, present, part = place(
-        program, images, heads, y_axis, x_axis, tiles_x, first_row, rows, steps, TILE
-    )
-    added = bias_tile(bias, bias_strides, head, part, present, size_y, size_x, TILE)
-    strides = contiguous(height, width, heads, D, LARGE)
-    grad_value_strides = contiguous(height, width, heads, VALUE_D, LARGE)
-    row_strides = contiguous(height, width, heads, 1, LARGE)
-    query, query_step = begin(query, query_strides, head, walk, y_axis)
-    key, key_step = begin(key, key_strides, head, walk, y_axis)
-    value, value_step = begin(value, value_strides, head, walk, y_axis)
-    grad_output, grad_output_step = begin(grad_output, grad_output_strides, head, walk, y_axis)
-    logsumexp, row_step = begin(logsumexp, row_strides, head, walk, y_axis)
-    grad_query, step = begin(grad_query, strides, head, walk, y_axis)
-    grad_key, step = begin(grad_key, strides, head, walk, y_axis)
-    grad_value, grad_value_step = begin(grad_value, grad_value_strides, head, walk, y_axis)
+        program, images, heads, y_axis, x_axis, tiles_x, first_row, rows, steps,
+        BLOCK, COLUMNS,
+    )  # fmt: skip
+    added = bias_tile(bias, bias_strides, head, part, present, size_y, size_x, BLOCK, COLUMNS)
+    strides = row_strides(height, width, heads, LARGE)
+    row, row_step = begin(strides, head, walk, y_axis)
+    query_at, query_step = begin(query_strides, head, walk, y_axis)
+    key_at, key_step = begin(key_strides, head, walk, y_axis)
+    value_at, value_step = begin(value_strides, head, walk, y_axis)
+    output_at, output_step = begin(grad_output_strides, head, walk, y_axis)
+    rows = offsets(y, x, strides, 1, LARGE)
     query_offsets = offsets(y, x, query_strides, BLOCK_D, LARGE)
     key_offsets = offsets(y, x, key_strides, BLOCK_D, LARGE)
     value_offsets = offsets(y, x, value_strides, BLOCK_VALUE_D, LARGE)
-    grad_output_offsets = offsets(y, x, grad_output_strides, BLOCK_VALUE_D, LARGE)
-    grad_offsets = offsets(y, x, strides, BLOCK_D, LARGE)
-    grad_value_offsets = offsets(y, x, grad_value_strides, BLOCK_VALUE_D, LARGE)
-    row_offsets = offsets(y, x, row_strides, 1, LARGE)
+    output_offsets = offsets(y, x, grad_output_strides, BLOCK_VALUE_D, LARGE)
+    grad_offsets = rows * D + tl.arange(0, BLOCK_D)[None, :]
+    grad_value_offsets = rows * VALUE_D + tl.arange(0, BLOCK_VALUE_D)[None, :]
     mask = present[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
     value_mask = present[:, None] & (tl.arange(0, BLOCK_VALUE_D) < VALUE_D)[None, :]
     if partial_sums is not None:
         sums = tl.zeros([BLOCK, BLOCK], tl.float32)
     for _ in range(walk[2]):
-        q = tl.load(query + query_offsets, mask=mask, other=0.0)
-        k = tl.load(key + key_offsets, mask=mask, other=0.0)
-        v = tl.load(value + value_offsets, mask=value_mask, other=0.0)
-        grad = tl.load(grad_output + grad_output_offsets, mask=value_mask, other=0.0)
-        rows_ = tl.load(logsumexp + row_offsets, mask=present[:, None], other=float("inf"))
+        q = tl.load(query + query_at + query_offsets, mask=mask, other=0.0)
+        k = tl.load(key + key_at + key_offsets, mask=mask, other=0.0)
+        row_logsumexp = tl.load(logsumexp + row + rows, mask=present[:, None], other=float("inf"))
         scores = dot(q, tl.trans(k), None, PRECISION, UPCAST) * (scale * LOG2E) + added
-        weights = tl.exp2(scores - rows_)
+        weights = tl.exp2(scores - row_logsumexp)
+        # Loaded where they are needed: held longer, they would cost the registers of the product.
+        grad = tl.load(grad_output + output_at + output_offsets, mask=value_mask, other=0.0)
         tokens = dot(tl.trans(weights.to(grad.dtype)), grad, None, PRECISION, UPCAST)
         tl.store(
-            grad_value + grad_value_offsets, tokens.to(grad_value.dtype.element_ty), mask=value_mask
+            grad_value + row * VALUE_D + grad_value_offsets,
+            tokens.to(grad_value.dtype.element_ty),
+            mask=value_mask,
         )
+        v = tl.load(value + value_at + value_offsets, mask=value_mask, other=0.0)
         # The sum of grad_output * output over channels is that of the products over keys.
         products = weights * dot(grad, tl.trans(v), None, PRECISION, UPCAST)
         grad_scores = products - weights * tl.sum(products, 1)[:, None]
@@ -240,17 +242,16 @@ def backward_kernel(
             sums += grad_scores
         grad_scores = grad_scores.to(q.dtype)
         tokens = dot(grad_scores, k, None, PRECISION, UPCAST) * scale
-        tl.store(grad_query + grad_offsets, tokens.to(grad_query.dtype.element_ty), mask=mask)
+        tl.store(
+            grad_query + row * D + grad_offsets, tokens.to(grad_query.dtype.element_ty), mask=mask
+        )
         tokens = dot(tl.trans(grad_scores), q, None, PRECISION, UPCAST) * scale
-        tl.store(grad_key + grad_offsets, tokens.to(grad_key.dtype.element_ty), mask=mask)
-        query += query_step
-        key += key_step
-        value += value_step
-        grad_output += grad_output_step
-        logsumexp += row_step
-        grad_query += step
-        grad_key += step
-        grad_value += grad_value_step
+        tl.store(grad_key + row * D + grad_offsets, tokens.to(grad_key.dtype.element_ty), mask=mask)
+        row += row_step
+        query_at += query_step
+        key_at += key_step
+        value_at += value_step
+        output_at += output_step
     if partial_sums is not None:
         index = tl.arange(0, BLOCK)
         target = partial_sums + program.to(tl.int64) * (BLOCK * BLOCK)

@@ -187,8 +187,10 @@ def attend(
 
 # --- the portable path ---------------------------------------------------------------------------
 
-# Scores of a call up to which ordinary operations are as fast as any, in half precision and not.
+# Scores of a call up to which ordinary operations are as fast as any: in training in half
+# precision and not, and in inference.
 SMALL = (1 << 22, 1 << 20)
+SMALL_INFERENCE = 1 << 18
 
 
 def portable(
@@ -204,7 +206,6 @@ def portable(
     args = (query, key, value, bias, is_causal, scale, training)
     if dispatch.plain_aten():
         return reference(*args)
-    on_cpu = query.device.type == "cpu"
     scores = query.shape[0] * query.shape[-2] * dense.tokens(query) * dense.tokens(key)
     learns_bias = training and bias is not None and bias.requires_grad
     if query.is_cuda:
@@ -222,8 +223,8 @@ def portable(
             scale=scale,
         )
         return output.transpose(1, 2).contiguous().view(*query.shape[:-1], value.shape[-1])
-    small = on_cpu and scores <= SMALL[int(query.element_size() > 2)]
-    if small and not torch.compiler.is_compiling():
+    small = SMALL[query.element_size() > 2] if training else SMALL_INFERENCE
+    if scores <= small and query.device.type == "cpu" and not torch.compiler.is_compiling():
         hides = bias is not None and has_infinities(bias)
         return attend(query, key, value, bias, is_causal, scale, hides)
     return _OPERATION(*args, fused=False)

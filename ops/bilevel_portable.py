@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vitarium.ops import dense
+from vitarium.ops.softmax import softmax_of_exponents
 from vitarium.ops.workspace import LOG2E, Workspace
 
 # Bytes of the queries of a unit of images, and of a chunk of scores. On a CPU they should stay in
@@ -26,7 +27,6 @@ UNIT = 1 << 20
 SCORES = 1 << 21
 DEVICE_SCORES = 1 << 28
 DENSE_TOKENS = 256  # of a map that may be attended to as a whole, if a quarter of it is asked for
-SAFE_SUM = 2.0**60  # of powers of two: what is lost beside it is below float32's precision
 KEYS_KEPT = 64  # keys of a query up to which training keeps the weights: as large as the query
 
 
@@ -281,18 +281,15 @@ class Plan:
         out = self.scores(query, key) if out is None else out
         powers = self._exponents(query, key, scale, out)
         largest = None
-        if not self.powers_serve:
-            largest = powers.amax(-1, keepdim=True)
-            powers.sub_(largest)
-        sums = powers.exp2_().sum(-1, keepdim=True)
         if self.powers_serve:
-            # Without the maximum this is faster, and as exact while no sum is near the ends of
-            # float32's range.
-            low, high = (float(bound) for bound in sums.aminmax())
-            self.powers_serve = low > 1 / SAFE_SUM and high < SAFE_SUM
-            if not self.powers_serve:  # nor if one is no number
+            sums = softmax_of_exponents(powers)
+            if sums is None:
+                self.powers_serve = False
                 return self.softmax(query, key, scale, out, shift)
-        powers.mul_(sums.reciprocal())
+        else:
+            largest = powers.amax(-1, keepdim=True)
+            sums = powers.sub_(largest).exp2_().sum(-1, keepdim=True)
+            powers.div_(sums)
         if shift is not None:
             torch.log2(sums, out=shift).neg_()
             if largest is not None:

@@ -167,7 +167,7 @@ def forward(
         output = _forward_flash(query, key, value, bias, packing, is_causal, scale, logsumexp, work)
     else:
         kept = kept_weights(saved[room:], query, key, packing) if chosen == "kept" else None
-        scores = Scores(bias, is_causal, scale, query)
+        scores = Scores(bias, is_causal, scale, query, work)
         output = _forward_products(scores, query, key, value, packing, kept, work)
     work.close()
     output = output.view(shape)
@@ -198,8 +198,8 @@ def _result(like: Tensor, channels: int, work: Workspace, name: str) -> Tensor:
 
 
 def _tokens(x: Tensor, packing: Packing | None) -> Tensor:
-    """The reverse of `_queries`: `(B, tokens, heads, channels)`, contiguous."""
-    return x.transpose(1, 2).contiguous() if packing is None else packing.unpack(x)
+    """The reverse of `_queries`: `(B, tokens, heads, channels)`, a view if nothing is packed."""
+    return x.transpose(1, 2) if packing is None else packing.unpack(x)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -280,10 +280,10 @@ def _forward_products(
             if kept is None:
                 out = work.take("scores", (q.shape[0], band.stop - band.start, k.shape[1]), q.dtype)
             else:
-                out = chunk.queries(kept)[:, band]
-            weights = scores.weights(chunk, band, q[:, band], k, out)
-            torch.bmm(weights, v, out=target[:, band])
-    return _tokens(output, packing)
+                out = chunk.band(chunk.queries(kept), band)
+            weights = scores.weights(chunk, band, chunk.band(q, band), k, out)
+            torch.bmm(weights, v, out=chunk.band(target, band))
+    return _tokens(output, packing).contiguous()
 
 
 # --- backward ------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ def backward(
             flat(grad), operands, bias, packing, flat(output), logsumexp, is_causal, scale, work
         )
     else:
-        scores = Scores(bias, is_causal, scale, query)
+        scores = Scores(bias, is_causal, scale, query, work)
         if learned is not None:
             wide = torch.promote_types(learned.dtype, torch.float32)
             shape = learned.shape if learned.dim() == 4 else (1, *learned.shape)
@@ -373,7 +373,7 @@ def _backward_flash(
             attn_mask=None if bias is None else _unit_stride(bias),
             scale=scale,
         )
-        grad_query, grad_key, grad_value = (part.transpose(1, 2).contiguous() for part in found)
+        grad_query, grad_key, grad_value = (part.transpose(1, 2) for part in found)
         return grad_query, grad_key, grad_value
     group = heads // key.shape[1]
     key, value = contiguous(key, work, "key"), contiguous(value, work, "value")
@@ -416,7 +416,10 @@ def _backward_products(
     key, value = contiguous(key, work, "key"), contiguous(value, work, "value")
     packed = _queries(query, packing, work, "query")
     grad = _queries(grad, packing, work, "grad")
-    grad_query = _result(packed, packed.shape[-1], work, "grad query")
+    if packing is None:
+        grad_query = query.new_empty(query.shape)
+    else:
+        grad_query = work.take("grad query", packed.shape, dtype)
     grad_key, grad_value = (
         (tensor.new_empty if packing is None else tensor.new_zeros)(
             (tensor.shape[0], query.shape[1], *tensor.shape[2:])
@@ -442,20 +445,21 @@ def _backward_products(
             totals = tuple(work.take(n, r.shape, wide) for n, r in zip(names, results))
         for band in bands:
             shape = (q.shape[0], band.stop - band.start, k.shape[1])
+            q_band, g_band = chunk.band(q, band), chunk.band(g, band)
             if kept is None:
                 out = work.take("scores", shape, dtype)
-                weights = scores.weights(chunk, band, q[:, band], k, out)
+                weights = scores.weights(chunk, band, q_band, k, out)
             else:
-                weights = chunk.queries(kept)[:, band]
+                weights = chunk.band(chunk.queries(kept), band)
             first = band is bands[0]
-            add(totals[1], weights.mT, g[:, band], 1.0, first)
+            add(totals[1], weights.mT, g_band, 1.0, first)
             out = work.take("grad scores", shape, dtype)
-            torch.bmm(g[:, band], v.mT, out=out)
+            torch.bmm(g_band, v.mT, out=out)
             torch._softmax_backward_data(out, weights, -1, dtype, grad_input=out)
             if grad_bias is not None:
                 _add_bias(grad_bias, chunk, band, out)
-            add(totals[0], out.mT, q[:, band], scores.scale, first)
-            part = target[:, band]
+            add(totals[0], out.mT, q_band, scores.scale, first)
+            part = chunk.band(target, band)
             torch.baddbmm(part, out, k, beta=0, alpha=scores.scale, out=part)
         if totals is not results:
             for result, total in zip(results, totals):

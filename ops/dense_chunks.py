@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vitarium.ops.workspace import Workspace
+from vitarium.ops.softmax import softmax_of_exponents
+from vitarium.ops.workspace import LOG2E, Workspace
 
 # Scores of a chunk, in half precision and in float32: these should stay near the second-level
 # cache, while every product in half precision first rearranges its operands. Devices want few
@@ -55,7 +56,15 @@ def contiguous(x: Tensor, work: Workspace, name: str) -> Tensor:
 class Chunk:
     """Some heads of some images, or a part of a `Packing`: the active queries of one head."""
 
-    def __init__(self, images: range, heads: range, queries: slice, token: Tensor | None) -> None:
+    def __init__(
+        self,
+        images: range,
+        heads: range,
+        queries: slice,
+        token: Tensor | None,
+        whole: bool = False,
+    ) -> None:
+        self.whole = whole  # all images and heads
         self.images = slice(images.start, images.stop)
         self.heads = slice(heads.start, heads.stop)
         self.pair = len(images), len(heads)
@@ -66,7 +75,7 @@ class Chunk:
         """Of `(B, heads, tokens, channels)`, or packed, `(images and heads, queries, channels)`."""
         if self.packed is not None:
             return x[self.packed][None]
-        return x[self.images, self.heads].flatten(0, 1)
+        return (x if self.whole else x[self.images, self.heads]).flatten(0, 1)
 
     def keys(self, x: Tensor, group: int = 1) -> Tensor:
         """`(images and heads, keys, channels)` of `(B, heads_kv, keys, channels)`.
@@ -74,7 +83,7 @@ class Chunk:
         With `group` query heads to a head of `x`, heads repeat (and are copied).
         """
         if group == 1:
-            return x[self.images, self.heads].flatten(0, 1)
+            return (x if self.whole else x[self.images, self.heads]).flatten(0, 1)
         heads = [head // group for head in range(self.heads.start, self.heads.stop)]
         return x[self.images, heads].flatten(0, 1)
 
@@ -82,6 +91,10 @@ class Chunk:
         """This chunk's of `(B or 1, heads or 1, tokens, channels)`, all tokens."""
         images = self.images if x.shape[0] > 1 else slice(None)
         return x[images, self.heads if x.shape[1] > 1 else slice(None)]
+
+    def band(self, x: Tensor, band: slice) -> Tensor:
+        """The band's queries of `(images and heads, queries, channels)`."""
+        return x if band.stop - band.start == x.shape[1] else x[:, band]
 
     def rows(self, x: Tensor, band: slice, out: Tensor | None = None) -> Tensor:
         """The tokens of a band of queries of `broadcast`, copied into `out` if that is given."""
@@ -122,7 +135,7 @@ def chunks(
     for image in range(0, batch, images):
         for head in range(0, heads, some):
             chosen = range(image, min(image + images, batch)), range(head, min(head + some, heads))
-            yield Chunk(*chosen, slice(None), None), bands
+            yield Chunk(*chosen, slice(None), None, some * images >= heads * batch), bands
 
 
 # --- weights -------------------------------------------------------------------------------------
@@ -144,22 +157,35 @@ def hidden_queries(bias: Tensor, is_causal: bool) -> Tensor:
 class Scores:
     """Scores of a call: their scale, and what is added to them."""
 
-    def __init__(self, bias: Tensor | None, is_causal: bool, scale: float, like: Tensor) -> None:
+    def __init__(
+        self,
+        bias: Tensor | None,
+        is_causal: bool,
+        scale: float,
+        like: Tensor,
+        work: Workspace,
+    ) -> None:
         self.is_causal = is_causal
         self.scale = scale
+        self.work = work
+        self.wide = torch.promote_types(like.dtype, torch.float32)
         self.bias = four_dimensions(bias, like.dtype)
         self.hidden = None
         if self.bias is not None and has_infinities(self.bias):
             self.hidden = hidden_queries(self.bias, is_causal)
+        # Whether powers of two seem to serve; to know it on a device would be to wait.
+        self.powers = like.device.type == "cpu" and self.hidden is None
 
     def weights(self, chunk: Chunk, band: slice, q: Tensor, k: Tensor, out: Tensor) -> Tensor:
         """Softmax of a band's scores into `out`, `(images and heads, queries, keys)`."""
         split = (*chunk.pair, *out.shape[1:])
-        if self.bias is None:
-            torch.baddbmm(out, q, k.mT, beta=0, alpha=self.scale, out=out)
-        else:
+        # Scores are exponents of two, unless that could leave the range of float16.
+        exact = out.dtype != torch.float16
+        factor = LOG2E if self.powers and exact else 1.0
+        if self.bias is not None:
             chunk.rows(self.bias, band, out.view(split))
-            torch.baddbmm(out, q, k.mT, alpha=self.scale, out=out)
+        beta = 0.0 if self.bias is None else factor
+        torch.baddbmm(out, q, k.mT, beta=beta, alpha=self.scale * factor, out=out)
         if self.is_causal:
             key = torch.arange(out.shape[2], device=out.device)
             if chunk.token is None:
@@ -167,6 +193,16 @@ class Scores:
             else:
                 query = chunk.token[band]
             out.masked_fill_(key > query[:, None], -math.inf)
+        if self.powers:
+            exponents = out
+            if out.dtype != self.wide:
+                exponents = self.work.take("powers", out.shape, self.wide).copy_(out)
+                if not exact:
+                    exponents.mul_(LOG2E)
+            if softmax_of_exponents(exponents) is not None:
+                return out if exponents is out else out.copy_(exponents)
+            self.powers = False
+            return self.weights(chunk, band, q, k, out)
         torch._softmax(out, -1, False, out=out)
         if self.hidden is not None:
             out.view(split).masked_fill_(chunk.rows(self.hidden, band), 0)

@@ -10,6 +10,21 @@ from vitarium.ops.workspace import LOG2E, Workspace
 SUMS = 2.0**-80, 2.0**100  # a sum of weights between them has lost nothing, nor do its products
 
 
+def softmax_of_exponents(exponents: Tensor) -> Tensor | None:
+    """The softmax of powers of two over the last dimension, in place, without its maximum.
+
+    Returns:
+        The sums that powers were divided by, or None where one of them is near the ends of the
+        range of float32, or is no number: what is in place is no softmax then.
+    """
+    sums = exponents.exp2_().sum(-1, keepdim=True)
+    least, largest = (float(sum) for sum in torch.aminmax(sums))
+    if not (SUMS[0] < least and largest < SUMS[1]):
+        return None
+    exponents.div_(sums)
+    return sums
+
+
 class Softmax:
     """The softmax of one call of an operator.
 

@@ -53,6 +53,7 @@ def nothing_is_small() -> Iterator[None]:
     """Nothing is too small for the custom operator, for packing and for several bands."""
     with (
         mock.patch.object(MODULE, "SMALL", (0, 0)),
+        mock.patch.object(MODULE, "SMALL_INFERENCE", 0),
         mock.patch.object(dense, "PACKING_PAYS", 0),
         mock.patch.object(dense_chunks, "ROWS", 4),
         mock.patch.object(dense_chunks, "CPU_SCORES", (150, 150)),
@@ -117,6 +118,27 @@ def test_custom_operator(bias: tuple[int, ...] | None, dtype: torch.dtype) -> No
             (query, key, value, added, gate, active, False, 0.3, training, False),
             test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
         )
+
+
+@pytest.mark.skipif(TRITON_INTERPRET, reason="not about kernels")
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shift", [20.0, -20.0, 80.0, -500.0])
+def test_scores_of_any_size(shift: float, dtype: torch.dtype) -> None:
+    """A common term of all scores changes nothing, however large."""
+    torch.manual_seed(0)
+    query, key, value, bias = torch.randn(4, 2, 21, 2, 24).unbind()
+    query[..., 0], key[..., 0] = shift, 1.0
+    tensors = {"query": query[..., :16], "key": key[..., :16], "value": value}
+    results = []
+    for wide, name in ((dtype, "torch"), (dtype, "reference"), (torch.float64, "reference")):
+        given = {k: t.to(dtype).to(wide) for k, t in tensors.items()}
+        added = bias[0, :, 0, :21].expand(2, 21, 21).to(dtype).to(wide)
+        results.append(_run(attention, {**given, "bias": added}, scale=1.0, backend=name))
+    for ours, plain, exact in zip(*results, strict=True):
+        assert ours.isfinite().all()
+        error, allowed = ((t.double() - exact).abs().max().item() for t in (ours, plain))
+        assert error <= 2 * allowed + 1e-5 * exact.abs().max().item()
 
 
 @pytest.mark.skipif(TRITON_INTERPRET, reason="not about kernels")

@@ -166,6 +166,7 @@ CASES = (
     _case("three dimensions", (3, 5, 4), (2, 4, 2), shift=(1, 0, 1), heads=(2, 1)),
     _case("map smaller than the window", (3, 5), 7, shift=(2, 4), dilation=(2, 1), scale=-0.5),
     _case("one token", (1, 1), 7, dilation=3),
+    _case("windows of more than 64 tokens", (9, 10), 9, shift=2),
     _case("no images", (7, 7), 3, batch=0),
 )  # fmt: skip
 
@@ -179,6 +180,7 @@ def _launches() -> list[Case]:
             ("map", (56, 56), 7, {"shift": 3}),
             ("volume", (16,) * 3, (2, 7, 7), {"dilation": 2, "shift": 1, "halo": 3}),
             ("row", (64,), 16, {"bias": False}),
+            ("large windows", (36, 36), 12, {"shift": 6}),
         ):
             note = f"{note}, head_dim {dim}"
             found.append(_case(note, spatial, window_size, batch=2, dims=(dim, dim), **extra))

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 # By file and, as the operators take long, by operator.
 PARTS = [
     ("test_kernels.py", ""),
+    ("test_kernels_window.py", ""),
     ("test_bilevel_routing.py", ""),
     ("test_attention.py", ""),
     ("test_mixture_of_head.py", ""),

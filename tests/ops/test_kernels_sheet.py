@@ -61,6 +61,41 @@ def test_every_configuration_compiles_well(
         assert all(0 < row.registers <= 255 for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "kernels"),
+    [
+        ({}, ["window_kernels", "window_kernels"]),
+        ({"heads": 3}, ["window_kernels", "local_backward", "local_backward", "local_backward"]),
+        ({"window_size": 9}, ["local_forward", *["local_backward"] * 3]),
+        ({"halo": 1}, ["local_forward", *["local_backward"] * 3]),
+        ({"spatial": (9,), "window_size": 40}, ["window_kernels", "window_kernels"]),
+        ({"spatial": (9, 9, 9), "window_size": 2}, ["local_forward", *["local_backward"] * 3]),
+    ],
+)
+def test_small_windows_have_kernels_of_their_own(
+    arguments: dict, kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from vitarium.ops.kernels import launch, local, window
+
+    call = {"spatial": (14, 14), "window_size": 7, "heads": 1, "halo": 0, **arguments}
+    rank = len(call["spatial"])
+    key = torch.empty(2, *call["spatial"], 1, 32, device="meta")
+    query = key.expand(*key.shape[:-2], call["heads"], 32)
+    windows = (Block(call["window_size"], 1, 1, call["halo"], 0),) * rank
+    bias = torch.empty(call["heads"], *(2 * w.reach + 1 for w in windows), device="meta")
+    found = []
+    monkeypatch.setattr(window, "capability", lambda: 90)
+    monkeypatch.setattr(
+        launch, "recorder", lambda kernel, *_: found.append(kernel.__module__.rpartition(".")[2])
+    )
+    output, logsumexp = local.forward(query, key, key, bias, windows, 0.2)
+    assert output.shape == query.shape and logsumexp.shape == query.shape[:-1]
+    grads = local.backward(output, query, key, key, bias, output, logsumexp, windows, 0.2, True)
+    assert [grad.shape for grad in grads] == [t.shape for t in (query, key, key, bias)]
+    assert found == kernels
+
+
 def test_every_operator_with_kernels_has_launches() -> None:
     for operator in OPERATORS.values():
         assert bool(operator.launches) == ("triton" in operator.implementations), operator.name

@@ -315,8 +315,9 @@ class Plan:
                 out.copy_(shift.expand_as(out))
             beta = 0 if shift is None else 1
             return torch.baddbmm(out, query, key.mT, beta=beta, alpha=scale * LOG2E, out=out)
-        torch.baddbmm(out, query, key.mT, beta=0, alpha=scale * LOG2E, out=out)
-        powers = self.work.take("powers", out.shape, self.wide).copy_(out)
+        # In half precision scores are rounded as they are, and exponents are float32.
+        torch.baddbmm(out, query, key.mT, beta=0, alpha=scale, out=out)
+        powers = self.work.take("powers", out.shape, self.wide).copy_(out).mul_(LOG2E)
         return powers if shift is None else powers.add_(shift)
 
     def saved(self, saved: Tensor, unit: slice) -> tuple[Tensor | None, Tensor | None]:

@@ -32,20 +32,25 @@ LARGEST_TILE = 64  # tokens
 PROGRAMS = {"forward": 1024, "backward": 512}
 LONGEST_WALK = 32
 
-# (kernel, element size) -> by padded head_dim: num_warps and num_stages for a tile of 64 tokens;
-# smaller ones have fewer warps. As in `tiles.py`, read off ahead-of-time compilation.
-_SIZES: dict[tuple[str, int], dict[int, tuple[int, int]]] = {
+# (kernel, element size) -> by padded head_dim: num_warps for a tile of 64 tokens, of which smaller
+# ones have fewer, num_stages and, where the assembler would else spill a few registers,
+# max_registers. As in `tiles.py`, read off ahead-of-time compilation.
+_SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
     ("forward", 2): {32: (4, 2), 64: (4, 2), 128: (4, 1)},
     ("forward", 4): {32: (8, 1)},
     ("backward", 2): {32: (4, 2), 64: (8, 2)},
-    ("backward", 4): {32: (8, 1)},
+    ("backward", 4): {32: (8, 1, 255)},
 }
 # Before compute capability 9.0 operands of matrix products need registers, which is why the next
 # window cannot be loaded ahead.
-_SIZES_BEFORE_90 = {**_SIZES, ("backward", 2): {32: (4, 1)}}
+_SIZES_BEFORE_90 = {
+    **_SIZES,
+    ("forward", 2): {**_SIZES["forward", 2], 32: (4, 2, 168)},
+    ("backward", 2): {32: (4, 1)},
+}
 
 
-def _sizes(kernel: str, query: Tensor) -> dict[int, tuple[int, int]]:
+def _sizes(kernel: str, query: Tensor) -> dict[int, tuple[int, ...]]:
     table = _SIZES if capability() >= 90 else _SIZES_BEFORE_90
     return table[kernel, query.element_size()]
 
@@ -164,7 +169,7 @@ def _arguments(
     )
     sizes = _sizes(kernel, query)
     head_dim = max(query.shape[-1], value.shape[-1])
-    warps, stages = sizes[min(dim for dim in sizes if dim >= head_dim)]
+    warps, stages, *registers = sizes[min(dim for dim in sizes if dim >= head_dim)]
     bias_strides = (0,) * (1 + AXES)
     if bias is not None:
         bias_strides = (bias.stride(0), *_two(bias.stride()[1:], 0))
@@ -179,6 +184,7 @@ def _arguments(
         "bias_strides": bias_strides,
         "num_warps": max(1, warps * geometry["BLOCK"] // LARGEST_TILE),
         "num_stages": stages,
+        "max_registers": registers[0] if registers else None,
         **geometry,
         **widths(query, value),
     }

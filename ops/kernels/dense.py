@@ -79,13 +79,23 @@ _SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
         256: (16, 16, 8, 1, 255),
     },
 }
+# What calls with both a bias and lists of active queries have otherwise: no spills.
+_LISTED_SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
+    ("forward", 2): {64: (64, 64, 8, 2)},
+}
 WIDTHS = (32, 64, 128, 256)  # padded: the rows of the table
 
 
 def _config(
-    kernel: str, query: Tensor, value: Tensor, bias: Tensor | None
+    kernel: str,
+    query: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    active: Tensor | None = None,
 ) -> dict[str, int | None]:
     sizes = _SIZES[kernel, query.element_size()]
+    if bias is not None and active is not None:
+        sizes = {**sizes, **_LISTED_SIZES.get((kernel, query.element_size()), {})}
     width = max(query.shape[-1], value.shape[-1])
     queries, keys, warps, stages, *registers = sizes[min(w for w in WIDTHS if w >= width)]
     if bias is not None and kernel != "bias":
@@ -191,7 +201,7 @@ def forward(
     output = empty((*query.shape[:-1], value.shape[-1]))
     logsumexp = query.new_full(query.shape[:-1], float("inf"), dtype=torch.float32)
     if output.numel() and key.shape[1]:
-        config = _config("forward", query, value, bias)
+        config = _config("forward", query, value, bias, active)
         tiles = triton.cdiv(query.shape[1], config["BLOCK_M"])
         launch(
             dense_forward.forward_kernel,

@@ -147,6 +147,7 @@ def _geometry(
         "first_row": first_row,
         "rows": rows,
         "steps": steps,
+        "SHIFTED": any(axis.lead for axis in axes),
         "BLOCK": tokens,
         "COLUMNS": columns,
     }

@@ -25,25 +25,29 @@ from vitarium.ops.kernels.patterns import inside
 
 # Numbers that come with the map: none of them makes Triton compile again.
 VARYING = [
-    "images", "heads", "height", "width", "size_y", "size_x", "dilation_y", "dilation_x",
-    "lead_y", "lead_x", "wrap_y", "wrap_x", "tiles_x", "first_row", "rows", "steps",
+    "images", "heads", "height", "width", "size_y", "size_x", "lead_y", "lead_x",
+    "wrap_y", "wrap_x", "tiles_x", "first_row", "rows", "steps",
 ]  # fmt: skip
+DILATIONS = ["dilation_y", "dilation_x"]  # 1 is worth a kernel of its own
 
 
 @triton.jit
-def axis_tokens(tile, index, residue, axis):
+def axis_tokens(tile, index, residue, axis, SHIFTED: tl.constexpr):
     """Tokens number `index` of a window, whether they exist, and 1 if they lie at the far end."""
     length, size, dilation, lead, wrap = axis
     position = tile * size - lead + index
-    wrapped = position < 0
-    token = tl.where(wrapped, position + wrap, position) * dilation + residue
-    return token, inside(token, 0, length) & (index < size), wrapped.to(tl.int32)
+    part = index * 0
+    if SHIFTED:
+        part = (position < 0).to(tl.int32)
+        position += part * wrap
+    token = position * dilation + residue
+    return token, inside(token, 0, length) & (index < size), part
 
 
 @triton.jit
 def place(
     program, images, heads, y_axis, x_axis, tiles_x, first_row, rows, steps,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    SHIFTED: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """What a program computes: which windows it walks over, and what holds for all of them.
 
@@ -73,8 +77,8 @@ def place(
     y_tile = tl.where(down, first_row, walk + tl.where(walk < first_row, 0, rows))
     count = tl.minimum(tl.where(down, rows, images) - first, steps)
     index = tl.arange(0, BLOCK)
-    y, y_exists, y_part = axis_tokens(y_tile, index // COLUMNS, y_residue, y_axis)
-    x, x_exists, x_part = axis_tokens(x_tile, index % COLUMNS, x_residue, x_axis)
+    y, y_exists, y_part = axis_tokens(y_tile, index // COLUMNS, y_residue, y_axis, SHIFTED)
+    x, x_exists, x_part = axis_tokens(x_tile, index % COLUMNS, x_residue, x_axis, SHIFTED)
     row = tl.where(down, first, 0)
     return head, (image, row, count, down), y, x, y_exists & x_exists, y_part * 2 + x_part
 
@@ -123,7 +127,7 @@ def row_strides(height, width, heads, LARGE: tl.constexpr):
     return height.to(tl.int64) * width * heads, 0, width * heads, heads, 1, 0
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=DILATIONS)
 def forward_kernel(
     query, key, value, bias,  # bias None: there is none
     output, logsumexp,  # results, contiguous
@@ -136,6 +140,7 @@ def forward_kernel(
     steps,  # of a walk, at most
     scale,
     GROUP: tl.constexpr,  # query heads per key head
+    SHIFTED: tl.constexpr,  # windows begin before the axis
     BLOCK: tl.constexpr,  # tokens of a tile
     COLUMNS: tl.constexpr,  # tokens of its rows, at least size_x
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
@@ -145,7 +150,7 @@ def forward_kernel(
     x_axis = (width, size_x, dilation_x, lead_x, wrap_x)
     head, walk, y, x, present, part = place(
         tl.program_id(0), images, heads, y_axis, x_axis, tiles_x, first_row, rows, steps,
-        BLOCK, COLUMNS,
+        SHIFTED, BLOCK, COLUMNS,
     )  # fmt: skip
     added = bias_tile(bias, bias_strides, head, part, present, size_y, size_x, BLOCK, COLUMNS)
     strides = row_strides(height, width, heads, LARGE)
@@ -181,7 +186,7 @@ def forward_kernel(
         value_at += value_step
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=DILATIONS)
 def backward_kernel(
     query, key, value, bias, logsumexp, grad_output,
     grad_query, grad_key, grad_value,  # results, contiguous
@@ -191,7 +196,7 @@ def backward_kernel(
     size_y, size_x, dilation_y, dilation_x, lead_y, lead_x, wrap_y, wrap_x,
     tiles_x, first_row, rows, steps,
     scale,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    SHIFTED: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
@@ -200,7 +205,7 @@ def backward_kernel(
     x_axis = (width, size_x, dilation_x, lead_x, wrap_x)
     head, walk, y, x, present, part = place(
         program, images, heads, y_axis, x_axis, tiles_x, first_row, rows, steps,
-        BLOCK, COLUMNS,
+        SHIFTED, BLOCK, COLUMNS,
     )  # fmt: skip
     added = bias_tile(bias, bias_strides, head, part, present, size_y, size_x, BLOCK, COLUMNS)
     strides = row_strides(height, width, heads, LARGE)

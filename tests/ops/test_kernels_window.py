@@ -35,14 +35,16 @@ pytestmark = [
 
 @triton.jit
 def _axis_kernel(
-    result, length, size, dilation, lead, wrap, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
-):
+    result, length, size, dilation, lead, wrap,
+    SHIFTED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Tokens of all places (tile, residue, index in a tile)."""
     place = tl.arange(0, BLOCK)
     index = place % COLUMNS
     residue = place // COLUMNS % dilation
     tile = place // COLUMNS // dilation
-    token, exists, part = axis_tokens(tile, index, residue, (length, size, dilation, lead, wrap))
+    axis = (length, size, dilation, lead, wrap)
+    token, exists, part = axis_tokens(tile, index, residue, axis, SHIFTED)
     tl.store(result + place, tl.where(exists, token, -1))
     tl.store(result + BLOCK + place, part)
 
@@ -58,7 +60,8 @@ def test_windows_of_an_axis(size: int) -> None:
         tiles, first, alike, wrap = launcher._axis(length, window)
         block = triton.next_power_of_2(tiles * dilation * columns)
         result = torch.empty(2, block, dtype=torch.int32, device=DEVICE)
-        _axis_kernel[(1,)](result, length, size, dilation, window.lead, wrap, columns, block)
+        axis = (length, size, dilation, window.lead, wrap)
+        _axis_kernel[(1,)](result, *axis, window.lead > 0, columns, block)
         tokens, parts = result[:, : tiles * dilation * columns].cpu().view(2, -1, dilation, columns)
         assert sorted(tokens[tokens >= 0].tolist()) == list(range(length))
         for tile, residue in itertools.product(range(tiles), range(dilation)):

@@ -96,6 +96,24 @@ def test_small_windows_have_kernels_of_their_own(
     assert found == kernels
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
+def test_maps_of_all_sizes_share_kernels(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training at several scales compiles the kernels of windows once."""
+    pytest.importorskip("triton")
+    from vitarium.ops.kernels import local, sheet
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    bias = torch.empty(3, 13, 13, device="meta")
+    windows = (Block(7, 1, 3, 0, 0),) * 2
+    with sheet._compiling(90) as compiled:
+        for batch, height, width in ((2, 14, 14), (3, 17, 23), (16, 32, 48), (1, 9, 1)):
+            query = torch.empty(batch, height, width, 3, 32, device="meta", dtype=torch.bfloat16)
+            saved = local.forward(query, query, query, bias, windows, 0.2)
+            local.backward(query, query, query, query, bias, *saved, windows, 0.2, True)
+    assert len(compiled) == 8
+    assert len({id(binary) for _, _, binary in compiled}) == 2
+
+
 def test_every_operator_with_kernels_has_launches() -> None:
     for operator in OPERATORS.values():
         assert bool(operator.launches) == ("triton" in operator.implementations), operator.name

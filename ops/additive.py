@@ -82,8 +82,7 @@ _patterns = functools.lru_cache(maxsize=128)(Patterns)
 class Additive:
     """The mask, and the bias where there is one, that is added to the scores of a band of tiles.
 
-    Tiles that look alike share a pattern, so both are made once per pattern and then copied. The
-    bias is multiplied by `factor`.
+    Tiles that look alike share a pattern, so both are made once per pattern and then copied.
     """
 
     def __init__(
@@ -93,13 +92,12 @@ class Additive:
         dtype: torch.dtype,
         work: Workspace,
         name: str = "additive",
-        factor: float = 1.0,
     ) -> None:
         self.work = work
         self.name = name
         self.patterns = _patterns(tuple(axes), work.device)
         self.needed = bias is not None or not self.patterns.all_inside
-        self._bias, self._dtype, self._factor = bias, dtype, factor
+        self._bias, self._dtype = bias, dtype
         self._bands: dict[tuple[Any, ...], Tensor] = {}
 
     @functools.cached_property
@@ -108,8 +106,7 @@ class Additive:
         outside, bias, dtype = self.patterns.outside, self._bias, self._dtype
         if bias is None:
             return self.patterns.mask(dtype)
-        table = (bias.to(dtype) * self._factor).flatten(1)
-        table = table.index_select(1, self.patterns.bias_index(bias.shape[1:]))
+        table = bias.to(dtype).flatten(1).index_select(1, self.patterns.bias_index(bias.shape[1:]))
         table = table.view(-1, 1, *outside.shape[1:])
         if not self.patterns.all_inside:
             # Every query sees a key. PyTorch's fused attention is slower with large numbers.

@@ -24,10 +24,13 @@ def joint(*maps: Tensor) -> Tensor | None:
 
 def packed(query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
     """Views of one projection as one view `(3, B, heads, *spatial, channels)` of it, or None."""
-    whole = joint(query, key, value)
-    if whole is None:
+    if joint(query, key, value) is None:
         return None
-    return unpacked(whole[..., 0, :].unflatten(-1, (3, *query.shape[-2:])))
+    batch, *spatial, heads, channels = query.shape
+    first, *steps, head, channel = query.stride()
+    return query.as_strided(
+        (3, batch, heads, *spatial, channels), (heads * head, first, head, *steps, channel)
+    )
 
 
 def unpacked(x: Tensor) -> Tensor:

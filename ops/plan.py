@@ -95,26 +95,21 @@ def _facts(axes: tuple[Axis, ...]) -> _Facts:
 
 @functools.lru_cache(maxsize=1024)
 def portioned(
-    sizes: tuple[int, int, int, int], axes: tuple[Axis, ...], limit: int, strips: bool
+    pairs: tuple[int, int], rows: int, row: int, limit: int
 ) -> tuple[list[tuple[int, int]], list[Chunk]]:
-    """Bands and chunks whose scores take at most `limit` bytes, if possible.
+    """Bands of rows of tiles, and chunks, that take at most `limit` bytes, if possible.
 
-    `sizes` are batch, heads, channels of a head and bytes of an element.
+    Args:
+        pairs: number of images and of heads.
+        rows: rows of tiles of a map.
+        row: bytes that a row of one head takes.
+        limit: of bytes.
     """
-    batch, num_heads, channels, bytes_each = sizes
-    count = axes[0].tiles
+    batch, num_heads = pairs
     # Several heads of an image together, if they fit: in memory they lie side by side.
-    if strips:  # no scores are stored: only the grids count
-        grid = math.prod(axis.classes * axis.keys for axis in axes) * channels * bytes_each
-        heads, images = min(num_heads, max(1, limit // grid)), 1
-        step = count
-    else:
-        tiles = math.prod(axis.classes for axis in axes)
-        tiles *= math.prod(axis.tiles for axis in axes[1:])
-        row = tiles * math.prod(axis.tile * axis.halo for axis in axes) * bytes_each
-        heads = min(num_heads, max(1, limit // row))
-        step = min(count, max(1, limit // (row * heads)))
-        images = max(1, limit // (row * heads * step))
+    heads = min(num_heads, max(1, limit // row))
+    step = min(rows, max(1, limit // (row * heads)))
+    images = max(1, limit // (row * heads * step))
     chunks = [
         Chunk(
             slice(*some_images),
@@ -125,7 +120,13 @@ def portioned(
         for some_images in _portions(batch, images)
         for some_heads in _portions(num_heads, heads)
     ]
-    return _portions(count, step), chunks
+    return _portions(rows, step), chunks
+
+
+def row_tiles(axes: Sequence[Axis]) -> int:
+    """Tiles of a row of tiles along the first axis, of all classes."""
+    tiles = math.prod(axis.classes for axis in axes)
+    return tiles * math.prod(axis.tiles for axis in axes[1:])
 
 
 class Plan:
@@ -138,8 +139,11 @@ class Plan:
         )
         limit = CPU_CHUNK if query.device.type == "cpu" else DEVICE_CHUNK
         limit = limit * 4 // query.element_size()
-        sizes = query.shape[0], *query.shape[-2:], query.element_size()
-        self.bands, self.chunks = portioned(sizes, axes, limit, strips)
+        rows, row = axes[0].tiles, row_tiles(axes) * math.prod(self.tile) * math.prod(self.halo)
+        if strips:  # no scores are stored: only the grids count
+            rows, row = 1, math.prod(axis.classes * axis.keys for axis in axes) * query.shape[-1]
+        pairs = query.shape[0], query.shape[-2]
+        self.bands, self.chunks = portioned(pairs, rows, row * query.element_size(), limit)
         self.work = Workspace(query)
         self.wide = torch.promote_types(query.dtype, torch.float32)
         self._cleared: set[str] = set()

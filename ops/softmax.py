@@ -63,7 +63,7 @@ class Softmax:
             query: `(tiles of all pairs, queries, channels)`.
             key: `(tiles of all pairs, keys, channels)`.
             scale: factor on the scores.
-            table: what is added to exponents of two: `(heads or 1, tiles or 1, queries, keys)`.
+            table: what is added to scores: `(heads or 1, tiles or 1, queries, keys)`.
             pairs: number of images and of heads.
             out: where to write the weights; nothing is left to divide by then.
         """
@@ -72,13 +72,14 @@ class Softmax:
         half = self.wide != self.dtype
         fill = table is not None and not half
         if fill:
-            scores.view(*pairs, -1, *shape[1:]).copy_(table)
+            grouped = scores.view(*pairs, -1, *shape[1:])
+            torch.mul(table.expand(grouped.shape), LOG2E, out=grouped)
         scores.baddbmm_(query, key.mT, beta=int(fill), alpha=scale * self.factor)
         powers = scores
         if half:
             powers = self.work.take("powers", shape, self.wide).copy_(scores).mul_(LOG2E)
             if table is not None:
-                powers.view(*pairs, -1, *shape[1:]).add_(table)
+                powers.view(*pairs, -1, *shape[1:]).add_(table, alpha=LOG2E)
         if not self.bounded:
             powers.sub_(powers.amax(-1, keepdim=True))
         powers.exp2_()

@@ -15,7 +15,7 @@ from vitarium.ops.strips import attend_strips
 from vitarium.ops.tiles import Axis, PlainAxis
 from vitarium.ops.transfer import Reader
 from vitarium.ops.windows import Pattern, Window
-from vitarium.ops.workspace import LOG2E, negative
+from vitarium.ops.workspace import negative
 
 STRIPS_PAY = 1500  # tokens of a map from which strips are faster
 
@@ -101,7 +101,7 @@ def _attend_tiles(
 ) -> Tensor:
     """Batched products of copied halos."""
     softmax = Softmax(query, plan.work)
-    additive = Additive(plan.axes, bias, softmax.wide, plan.work, factor=LOG2E)
+    additive = Additive(plan.axes, bias, softmax.wide, plan.work)
     output = query.new_empty(*query.shape[:-1], value.shape[-1])
     for chunk in plan.chunks:
         reader = Reader(plan, chunk, query, key, value)
@@ -135,7 +135,7 @@ def attend_backward(
     """
     plan = Plan(query, axes)
     softmax = Softmax(query, plan.work)
-    additive = Additive(axes, bias, softmax.wide, plan.work, factor=LOG2E)
+    additive = Additive(axes, bias, softmax.wide, plan.work)
     work, dtype = plan.work, query.dtype
     group = query.shape[-2] // key.shape[-2]
     heads = query.shape[-2:-1]

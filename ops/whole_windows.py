@@ -20,12 +20,14 @@ from torch.autograd.function import once_differentiable
 
 from vitarium.ops.additive import Additive
 from vitarium.ops.packed import packed, unpacked
-from vitarium.ops.plan import CPU_CHUNK, DEVICE_CHUNK, Chunk, portioned
+from vitarium.ops.plan import DEVICE_CHUNK, Chunk, portioned, row_tiles
 from vitarium.ops.softmax import Softmax
 from vitarium.ops.tiles import Axis
-from vitarium.ops.workspace import LOG2E, Workspace
+from vitarium.ops.workspace import Workspace
 
 LARGEST = 200  # keys of a window; beyond, weights would outweigh all else that a backward wants
+SHORT = 28  # bytes of one channel in a row of a window, below which tokens move as wholes
+CHUNK = 1 << 22  # bytes in float32 of what a piece of work on a CPU touches
 
 Axes = tuple[Axis, ...]
 Band = tuple[int, int]
@@ -101,7 +103,7 @@ def _attend(
     """The output; appends query, key, value and weights of every piece of work to `kept`."""
     work = Workspace(query)
     softmax = Softmax(query, work)
-    additive = Additive(axes, bias, softmax.wide, work, factor=LOG2E)
+    additive = Additive(axes, bias, softmax.wide, work)
     output = query.new_empty(*query.shape[:-1], value.shape[-1])
     whole = packed(query, key, value)
 
@@ -111,7 +113,10 @@ def _attend(
     for chunk, band in _pieces(query, axes):
         if whole is not None:
             part = _part(whole, chunk)
-            tiles = _gathered(part, axes, band, "tokens", take)
+            if chunk.all_heads and axes[-1].tile * query.element_size() < SHORT:
+                tiles = _gathered_together(part, axes, band, work, take)
+            else:
+                tiles = _gathered(part, axes, band, "tokens", take)
             q, k, v = tiles.view(3, -1, *_matrix(axes, part)).unbind()
         else:
             q, k, v = (
@@ -181,11 +186,11 @@ def _differentiate(
 
 
 def _pieces(query: Tensor, axes: Axes) -> Iterator[tuple[Chunk, Band]]:
-    """The work in pieces whose scores stay in cache."""
-    limit = 2 * CPU_CHUNK if query.device.type == "cpu" else DEVICE_CHUNK
-    limit = limit * query.element_size() // 4
-    sizes = query.shape[0], *query.shape[-2:], query.element_size()
-    bands, chunks = portioned(sizes, axes, limit, False)
+    """The work in pieces that stay in cache."""
+    limit = CHUNK if query.device.type == "cpu" else DEVICE_CHUNK
+    window = math.prod(axis.tile for axis in axes)
+    row = row_tiles(axes) * window * (window + 3 * query.shape[-1])  # scores; query, key, value
+    bands, chunks = portioned((query.shape[0], query.shape[-2]), axes[0].tiles, 4 * row, limit)
     return itertools.product(chunks, bands)
 
 
@@ -211,6 +216,23 @@ def _gathered(x: Tensor, axes: Axes, band: Band, name: str, take: Any) -> Tensor
     for part in parts:
         part.of_tiles(tiles).copy_(part.of_map(x))
     return tiles
+
+
+def _gathered_together(x: Tensor, axes: Axes, band: Band, work: Workspace, take: Any) -> Tensor:
+    """The same of `(3, images, heads, *spatial, channels)`: `(3, images, heads, tokens, channels)`.
+
+    Tokens of all heads move as wholes and are parted in the cache: what one head has in a row of a
+    window is short.
+    """
+    three, images, heads, *_, channels = x.shape
+    tokens = x.movedim((0, 2), (-3, -2)).flatten(-3).unsqueeze(1)
+
+    def buffer(name: str, shape: tuple[int, ...]) -> Tensor:
+        return work.take(name, shape, x.dtype)
+
+    found = _gathered(tokens, axes, band, "whole tokens", buffer)
+    found = found.view(images, -1, three, heads, channels).permute(2, 0, 3, 1, 4)
+    return take("tokens", found.shape).copy_(found)
 
 
 def _scatter(tiles: Tensor, x: Tensor, axes: Axes, band: Band, sums: Tensor | None = None) -> None:

@@ -42,7 +42,7 @@ def test_parts_of_tiles_cover_an_axis_once(windows: int, size: int, dilation: in
         assert same <= others  # a window lies in one tile
 
 
-@pytest.mark.parametrize("chunk", [1, 1 << 14, 1 << 20])
+@pytest.mark.parametrize("chunk", [1, 1 << 14, 1 << 22])
 @pytest.mark.parametrize("shift", [0, (3, 1)])
 @pytest.mark.parametrize("dilation", [1, (1, 3)])
 @pytest.mark.parametrize("side_by_side", [True, False])
@@ -50,7 +50,7 @@ def test_pieces_of_work(
     monkeypatch: pytest.MonkeyPatch, chunk: int, shift: int, dilation: int, side_by_side: bool
 ) -> None:
     """Few windows at a time or all at once, of one projection or of three tensors."""
-    monkeypatch.setattr(whole_windows, "CPU_CHUNK", chunk)
+    monkeypatch.setattr(whole_windows, "CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 8, 12, 3, 2, 5, generator=generator, dtype=torch.float64)
     bias = torch.randn(2, 7, 7, generator=generator, dtype=torch.float64)

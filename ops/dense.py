@@ -109,9 +109,7 @@ def saved_shape(
 ) -> tuple[int, ...]:
     """Shape of what `forward` returns for the backward, a float32 tensor."""
     chosen = way(query, key, value, bias, active, is_causal, training)
-    if chosen == "flash":  # natural log-sum-exp `(B, tokens, heads)`
-        return (room + query.shape[0] * tokens(query) * query.shape[-2],)
-    return (room + (_kept_size(query, key) if chosen == "kept" else 0),)
+    return (room + _saved_size(chosen, query, key),)
 
 
 def output_room(query: Tensor, value: Tensor) -> int:
@@ -125,10 +123,14 @@ def kept_output(saved: Tensor, output: Tensor) -> Tensor:
     return saved.view(output.dtype)[: output.numel()].view(output.shape)
 
 
-def _kept_size(query: Tensor, key: Tensor) -> int:
-    """Elements of float32 that hold the weights bit for bit, in the dtype of query."""
-    count = query.shape[0] * query.shape[-2] * tokens(query) * tokens(key)
-    return -(-count * query.element_size() // 4)
+def _saved_size(chosen: str, query: Tensor, key: Tensor) -> int:
+    """Elements of float32 that the backward wants, where the forward goes the way `chosen`."""
+    if chosen not in ("flash", "kept"):
+        return 0
+    rows = query.shape[0] * tokens(query) * query.shape[-2]
+    if chosen == "flash":  # natural log-sum-exp `(B, tokens, heads)`
+        return rows
+    return -(-rows * tokens(key) * query.element_size() // 4)  # weights, bit for bit
 
 
 # --- forward -------------------------------------------------------------------------------------
@@ -155,8 +157,7 @@ def forward(
     """
     chosen = way(query, key, value, bias, active, is_causal, training)
     shape = (*query.shape[:-1], value.shape[-1])
-    size = saved_shape(query, key, value, bias, active, is_causal, training, room)
-    saved = query.new_empty(size, dtype=torch.float32)
+    saved = query.new_empty(room + _saved_size(chosen, query, key), dtype=torch.float32)
     if chosen == "nothing":
         return query.new_zeros(shape), saved
     work = Workspace(query)

@@ -32,10 +32,12 @@ class Workspace:
         self.device = like.device
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
         self._views: dict[tuple[str, torch.dtype, tuple[int, ...]], Tensor] = {}
+        self._large: list[tuple[str, torch.dtype]] = []
         # Tensors of inference mode may not be written to outside of it.
         key = f"buffers{torch.is_inference_mode_enabled()}"
         if like.device.type == "cpu":
-            self._buffers, self._views = self._kept.__dict__.setdefault(key, ({}, {}))
+            kept = self._kept.__dict__.setdefault(key, ({}, {}, []))
+            self._buffers, self._views, self._large = kept
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor that holds whatever was left in it."""
@@ -46,13 +48,15 @@ class Workspace:
             if buffer is None or buffer.numel() < size:
                 buffer = self._buffers[name, dtype] = self._like.new_empty(size, dtype=dtype)
                 self._views.clear()
+                if buffer.nbytes > self.KEPT:
+                    self._large.append((name, dtype))
             self._views[key] = buffer[:size].view(shape)
         return self._views[key]
 
     def close(self) -> None:
         """Let go of large buffers."""
-        large = [key for key, buffer in self._buffers.items() if buffer.nbytes > self.KEPT]
-        for key in large:
-            del self._buffers[key]
-        if large or len(self._views) > self.VIEWS:
+        if self._large or len(self._views) > self.VIEWS:
             self._views.clear()
+        for key in self._large:
+            self._buffers.pop(key, None)
+        self._large.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -71,10 +72,12 @@ def widths(query: Tensor, value: Tensor) -> dict[str, Any]:
 
 def large(*tensors: Tensor) -> bool:
     """Whether an offset within one image of any of the tensors exceeds 32 bits."""
-    return any(
-        sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:])) >= 1 << 31
-        for t in tensors
-    )
+    return any(_reach(t.shape, t.stride()) >= 1 << 31 for t in tensors)
+
+
+@functools.lru_cache(maxsize=1024)
+def _reach(shape: Sequence[int], stride: Sequence[int]) -> int:
+    return sum((size - 1) * step for size, step in zip(shape[1:], stride[1:]))
 
 
 def positive_scale(scale: float) -> tuple[float, float]:

@@ -6,6 +6,7 @@ zero one is moved into the query. Arguments are those that the public functions 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +28,7 @@ from vitarium.ops.kernels.launch import (
     three,
     widths,
 )
-from vitarium.ops.kernels.tiles import TileConfig, cell, tiles
+from vitarium.ops.kernels.tiles import cell, tiles
 from vitarium.ops.windows import Block, Pattern, Window
 
 # The bias gradient is split among this many programs, as far as its partial sums stay this small
@@ -55,11 +56,19 @@ def _common_arguments(
         "query_strides": map_strides(query),
         "key_strides": map_strides(key),
         "value_strides": map_strides(value),
-        "lengths": three(tuple(query.shape[1:-2]), 1),
-        "dilation": tuple(window.dilation for window in _three_windows(windows)),
-        "rules": tuple(map(_rule, _three_windows(windows))),
+        **_pattern_arguments(tuple(query.shape[1:-2]), tuple(windows)),
         "GROUP": query.shape[-2] // key.shape[-2],
         **widths(query, value),
+    }
+
+
+@functools.lru_cache(maxsize=1024)
+def _pattern_arguments(spatial: tuple[int, ...], windows: tuple[Pattern, ...]) -> dict[str, Any]:
+    axes = _three_windows(windows)
+    return {
+        "lengths": three(spatial, 1),
+        "dilation": tuple(window.dilation for window in axes),
+        "rules": tuple(map(_rule, axes)),
     }
 
 
@@ -93,43 +102,57 @@ def _layout(window: Pattern, tile: int, *, keys: bool) -> tuple[Any, Any]:
     return cell(window, tile), window.lead
 
 
-def _grid(
-    common: dict[str, Any], windows: Sequence[Pattern], tile: Sequence[int], *, keys: bool = False
+@functools.lru_cache(maxsize=1024)
+def _tiling(
+    kernel: str,
+    head_dim: int,
+    element_size: int,
+    spatial: tuple[int, ...],
+    windows: tuple[Pattern, ...],
 ) -> tuple[int, dict[str, Any]]:
-    """Number of tiles of all classes, and the arguments about them; `keys` if they hold keys.
+    """Number of tiles of all classes, the arguments about them, and options of the launch.
 
-    In a cell of one window all queries of a tile see the same keys. So do all queries that see a
-    tile of keys, if there is no halo.
+    The tiles are those of the keys for the kernel of keys and values, else of the queries. In a
+    cell of one window all queries of a tile see the same keys. So do all queries that see a tile of
+    keys, if there is no halo.
     """
-    windows = _three_windows(windows)
-    layout = tuple(_layout(*pair, keys=keys) for pair in zip(windows, tile))
+    config = tiles(
+        len(spatial), head_dim, windows,
+        kernel=kernel, element_size=element_size, lengths=spatial,
+    )  # fmt: skip
+    query_tile, key_tile = three(config.query, 1), three(config.key, 1)
+    keys = kernel == "key_value"
+    tile = key_tile if keys else query_tile
+    axes = _three_windows(windows)
+    layout = tuple(_layout(*pair, keys=keys) for pair in zip(axes, tile))
     counts = []
-    for length, window, size, (span, lead) in zip(common["lengths"], windows, tile, layout):
+    for length, window, size, (span, lead) in zip(three(spatial, 1), axes, tile, layout):
         tokens = triton.cdiv(length, window.dilation) + (2 * window.border if keys else 0)
         span, lead = (getattr(number, "value", number) for number in (span, lead))
         counts.append(triton.cdiv(tokens + lead, span) * triton.cdiv(span, size))
-    total = math.prod(counts) * math.prod(common["dilation"])
     alike = all(
         isinstance(window, Block)
         and cell(window, size) == window.window_size
         and not (keys and window.halo)
-        for window, size in zip(windows, tile)
+        for window, size in zip(axes, tile)
     )
-    return total, {"layout": layout, "tiles": tuple(counts), "ALIKE": alike}
+    return math.prod(counts) * math.prod(window.dilation for window in axes), {
+        "layout": layout,
+        "tiles": tuple(counts),
+        "ALIKE": alike,
+        "QUERY_TILE": query_tile,
+        "KEY_TILE": key_tile,
+        **config.options,
+    }
 
 
-def _config(
+def _tiles_of(
     kernel: str, query: Tensor, value: Tensor, windows: Sequence[Pattern]
-) -> tuple[TileConfig, dict[str, Any]]:
-    config = tiles(
-        query.dim() - 3,
-        max(query.shape[-1], value.shape[-1]),
-        windows,
-        kernel=kernel,
-        element_size=query.element_size(),
-        lengths=query.shape[1:-2],
-    )
-    return config, {"QUERY_TILE": three(config.query, 1), "KEY_TILE": three(config.key, 1)}
+) -> tuple[int, dict[str, Any]]:
+    """`_tiling` of a call."""
+    head_dim = max(query.shape[-1], value.shape[-1])
+    spatial = tuple(query.shape[1:-2])
+    return _tiling(kernel, head_dim, query.element_size(), spatial, tuple(windows))
 
 
 def forward(
@@ -163,14 +186,12 @@ def forward(
     if output.numel() == 0:
         return output, logsumexp
     common = _common_arguments(query, key, value, windows)
-    config, shapes = _config("forward", query, value, windows)
-    count, grid = _grid(common, windows, shapes["QUERY_TILE"])
+    count, tiling = _tiles_of("forward", query, value, windows)
     batch, heads = query.shape[0], query.shape[-2]
     launch(
         local_forward.forward_kernel,
         batch * heads * count,
         query.device,
-        **config.options,
         output=output,
         logsumexp=logsumexp,
         output_strides=map_strides(output),
@@ -179,8 +200,7 @@ def forward(
         scale=scale,
         LARGE=large(query, key, value, output),
         **common,
-        **shapes,
-        **grid,
+        **tiling,
         **_bias_arguments(bias),
     )
     return output, logsumexp
@@ -233,37 +253,31 @@ def backward(
     }
     batch, heads, heads_kv = query.shape[0], query.shape[-2], key.shape[-2]
 
-    config, shapes = _config("query", query, value, windows)
-    count, grid = _grid(common, windows, shapes["QUERY_TILE"])
+    count, tiling = _tiles_of("query", query, value, windows)
     launch(
         local_backward.query_kernel,
         batch * heads * count,
         query.device,
-        **config.options,
         output=output,
         output_strides=map_strides(output),
         grad_query=grad_query,
         grad_query_strides=map_strides(grad_query),
         heads=heads,
         **common,
-        **shapes,
-        **grid,
+        **tiling,
     )
-    config, shapes = _config("key_value", query, value, windows)
-    count, grid = _grid(common, windows, shapes["KEY_TILE"], keys=True)
+    count, tiling = _tiles_of("key_value", query, value, windows)
     launch(
         local_backward.key_value_kernel,
         batch * heads_kv * count,
         query.device,
-        **config.options,
         grad_key=grad_key,
         grad_key_strides=map_strides(grad_key),
         grad_value=grad_value,
         grad_value_strides=map_strides(grad_value),
         heads=heads_kv,
         **common,
-        **shapes,
-        **grid,
+        **tiling,
     )
     if sign != 1:
         grad_query = grad_query * sign
@@ -297,14 +311,13 @@ def _grad_bias(
     common: dict[str, Any],
 ) -> Tensor:
     """Gradient of the bias: tiles of score gradients summed by the kernel, then along diagonals."""
-    config, shapes = _config("bias", query, value, windows)
-    query_tile, key_tile = shapes["QUERY_TILE"], shapes["KEY_TILE"]
+    count, tiling = _tiles_of("bias", query, value, windows)
+    query_tile, key_tile = tiling["QUERY_TILE"], tiling["KEY_TILE"]
     axes = _three_windows(windows)
     first, key_tiles = zip(*map(_relative_tiles, axes, query_tile, key_tile))
     batch, heads = query.shape[0], query.shape[-2]
     relative_tiles = heads * math.prod(key_tiles)
     tile_bytes = 4 * math.prod(query_tile) * math.prod(key_tile)
-    count, grid = _grid(common, windows, query_tile)
     parts = min(
         BIAS_PROGRAMS // relative_tiles,
         BIAS_BYTES // (relative_tiles * tile_bytes),
@@ -314,12 +327,11 @@ def _grad_bias(
     partial_sums = query.new_empty(
         (parts, heads, *key_tiles, *query_tile, *key_tile), dtype=torch.float32
     )
-    del grid["tiles"]  # the kernel counts for itself
+    tiling = {name: value for name, value in tiling.items() if name != "tiles"}  # it counts itself
     launch(
         local_backward.bias_kernel,
         parts * relative_tiles,
         query.device,
-        **config.options,
         partial_sums=partial_sums,
         heads=heads,
         images=batch,
@@ -327,8 +339,7 @@ def _grad_bias(
         FIRST=tuple(begin + window.border for begin, window in zip(first, axes)),
         KEY_TILES=key_tiles,
         **common,
-        **shapes,
-        **grid,
+        **tiling,
     )
     # (heads, then per axis: query in tile, key relative to the tile's first query)
     sums = partial_sums.sum(0).permute(0, 4, 1, 7, 5, 2, 8, 6, 3, 9)

@@ -50,22 +50,41 @@ _SIZES_BEFORE_90 = {
 }
 
 
-def _sizes(kernel: str, query: Tensor) -> dict[int, tuple[int, ...]]:
-    table = _SIZES if capability() >= 90 else _SIZES_BEFORE_90
-    return table[kernel, query.element_size()]
-
-
 def fits(
     kernel: str, query: Tensor, key: Tensor, value: Tensor, windows: Sequence[Pattern]
 ) -> bool:
     """Whether the kernel, "forward" or "backward", can run this call."""
-    return (
-        len(windows) <= AXES
-        and all(isinstance(window, Block) and not window.halo for window in windows)
-        and _tile(windows)[0] <= LARGEST_TILE
-        and max(query.shape[-1], value.shape[-1]) <= max(_sizes(kernel, query))
-        and (kernel == "forward" or query.shape[-2] == key.shape[-2])
-    )
+    one_head = query.shape[-2] == key.shape[-2]
+    return (kernel == "forward" or one_head) and _config(kernel, query, value, windows) is not None
+
+
+def _config(
+    kernel: str, query: Tensor, value: Tensor, windows: Sequence[Pattern]
+) -> dict[str, Any] | None:
+    """Shape of the tile and options of the launch; None if the windows or heads are too large."""
+    head_dim = max(query.shape[-1], value.shape[-1])
+    return _lookup(kernel, capability(), query.element_size(), head_dim, tuple(windows))
+
+
+@functools.lru_cache(maxsize=1024)
+def _lookup(
+    kernel: str, capability: int, element_size: int, head_dim: int, windows: tuple[Pattern, ...]
+) -> dict[str, Any] | None:
+    sizes = (_SIZES if capability >= 90 else _SIZES_BEFORE_90)[kernel, element_size]
+    simple = all(isinstance(window, Block) and not window.halo for window in windows)
+    if len(windows) > AXES or not simple or head_dim > max(sizes):
+        return None
+    tokens, columns = _tile(windows)
+    if tokens > LARGEST_TILE:
+        return None
+    warps, stages, *registers = sizes[min(dim for dim in sizes if dim >= head_dim)]
+    return {
+        "BLOCK": tokens,
+        "COLUMNS": columns,
+        "num_warps": max(1, warps * tokens // LARGEST_TILE),
+        "num_stages": stages,
+        "max_registers": registers[0] if registers else None,
+    }
 
 
 def _tile(windows: Sequence[Pattern]) -> tuple[int, int]:
@@ -118,7 +137,6 @@ def _geometry(
 
     `dense`: images lie one behind the other in all tensors.
     """
-    tokens, columns = _tile(windows)
     axes = _two(windows, Block(1, 1, 0, 0, 0))
     lengths = _two(spatial, 1)
     (tiles_y, first_row, rows, wrap_y), (tiles_x, _, _, wrap_x) = map(_axis, lengths, axes)
@@ -148,8 +166,6 @@ def _geometry(
         "rows": rows,
         "steps": steps,
         "SHIFTED": any(axis.lead for axis in axes),
-        "BLOCK": tokens,
-        "COLUMNS": columns,
     }
 
 
@@ -168,9 +184,8 @@ def _arguments(
     programs, geometry = _geometry(
         kernel, batch, heads, tuple(query.shape[1:-2]), tuple(windows), dense
     )
-    sizes = _sizes(kernel, query)
-    head_dim = max(query.shape[-1], value.shape[-1])
-    warps, stages, *registers = sizes[min(dim for dim in sizes if dim >= head_dim)]
+    config = _config(kernel, query, value, windows)
+    assert config is not None, "the call does not fit"
     bias_strides = (0,) * (1 + AXES)
     if bias is not None:
         bias_strides = (bias.stride(0), *_two(bias.stride()[1:], 0))
@@ -183,9 +198,7 @@ def _arguments(
         "key_strides": map_strides(key),
         "value_strides": map_strides(value),
         "bias_strides": bias_strides,
-        "num_warps": max(1, warps * geometry["BLOCK"] // LARGEST_TILE),
-        "num_stages": stages,
-        "max_registers": registers[0] if registers else None,
+        **config,
         **geometry,
         **widths(query, value),
     }

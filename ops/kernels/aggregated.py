@@ -2,121 +2,177 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from vitarium.ops.kernels import aggregated_backward, aggregated_forward
-from vitarium.ops.kernels.launch import large, launch, map_strides, row_strides, widths
+from vitarium.ops.kernels.launch import launch, widths
+from vitarium.ops.kernels.rows import LARGEST_OFFSET, view, views
 
 # Sums over queries and over images are split among this many programs, as far as their partial sums
-# stay this small. Constants, so that the result does not depend on a device.
+# stay this small, and columns of tiles are no longer than leaves as many programs. Constants, so
+# that the result does not depend on a device.
 PROGRAMS = 1024
 PARTIAL_BYTES = 64 << 20
+LONGEST_WALK = 14  # tiles of a column
+SMALLEST_SCALE = 1e-3  # by which biases are divided
 
 # Sides of a tile of the map by its number of tokens.
-_TILES = {16: (1, 4, 4), 32: (1, 4, 8), 64: (1, 8, 8)}
+_TILES = {16: (4, 4), 32: (4, 8), 64: (8, 8)}
 
-# (kernel, element size) -> by padded head_dim: queries, pooled keys, num_warps, num_stages. Read
-# off ahead-of-time compilation (`sheet.py`) for compute capability 8.0, 9.0 and 10.0: the largest
-# tiles without register spills.
-_SIZES: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
+# (kernel, element size) -> by padded head_dim: tokens of a tile, those around it of a step, pooled
+# keys of a block, num_warps, num_stages. Read off ahead-of-time compilation (`sheet.py`) for
+# compute capability 8.0, 9.0 and 10.0: the fewest instructions without register spills.
+_SIZES: dict[tuple[str, int], dict[int, tuple[int, int, int, int, int]]] = {
     ("forward", 2): {
-        32: (64, 32, 4, 2),
-        64: (64, 32, 4, 2),
-        128: (32, 32, 4, 2),
-        256: (32, 32, 8, 1),
+        32: (32, 64, 64, 2, 2),
+        64: (32, 64, 32, 2, 1),
+        128: (32, 32, 32, 4, 1),
+        256: (32, 32, 32, 8, 1),
     },
     ("forward", 4): {
-        32: (32, 32, 4, 1),
-        64: (32, 32, 4, 1),
-        128: (32, 32, 8, 1),
-        256: (16, 16, 8, 1),
+        32: (32, 32, 32, 4, 1),
+        64: (32, 32, 32, 8, 1),
+        128: (16, 16, 32, 8, 1),
+        256: (16, 16, 16, 8, 1),
     },
     ("query", 2): {
-        32: (64, 32, 4, 2),
-        64: (32, 32, 4, 2),
-        128: (32, 32, 8, 2),
-        256: (16, 16, 8, 1),
+        32: (32, 32, 32, 2, 1),
+        64: (32, 32, 32, 2, 1),
+        128: (32, 16, 32, 8, 1),
+        256: (16, 16, 16, 8, 1),
     },
     ("query", 4): {
-        32: (32, 32, 4, 1),
-        64: (32, 32, 8, 1),
-        128: (16, 16, 8, 1),
-        256: (16, 16, 8, 1),
+        32: (32, 16, 16, 4, 1),
+        64: (16, 16, 16, 8, 1),
+        128: (16, 16, 16, 8, 1),
+        256: (16, 16, 16, 8, 1),
     },
     ("key_value", 2): {
-        32: (64, 16, 4, 2),
-        64: (64, 16, 8, 2),
-        128: (32, 16, 8, 1),
-        256: (16, 16, 8, 1),
+        32: (32, 32, 16, 1, 1),
+        64: (32, 16, 16, 2, 1),
+        128: (32, 32, 16, 8, 1),
+        256: (16, 16, 16, 8, 1),
     },
     ("key_value", 4): {
-        32: (32, 16, 4, 1),
-        64: (32, 16, 4, 1),
-        128: (32, 16, 8, 1),
-        256: (16, 16, 8, 1),
+        32: (16, 16, 16, 4, 1),
+        64: (16, 16, 16, 4, 1),
+        128: (16, 16, 16, 8, 1),
+        256: (16, 16, 16, 8, 1),
     },
+    # Of these two the first number is queries, in raster order.
     ("pooled", 2): {
-        32: (32, 64, 4, 2),
-        64: (32, 64, 4, 2),
-        128: (32, 64, 8, 2),
-        256: (32, 32, 8, 1),
+        32: (32, 0, 64, 4, 2),
+        64: (32, 0, 32, 4, 2),
+        128: (32, 0, 64, 8, 2),
+        256: (32, 0, 32, 8, 1),
     },
     ("pooled", 4): {
-        32: (16, 32, 4, 1),
-        64: (32, 32, 8, 1),
-        128: (16, 32, 8, 1),
-        256: (16, 16, 4, 1),
+        32: (16, 0, 32, 4, 1),
+        64: (32, 0, 32, 8, 1),
+        128: (16, 0, 32, 8, 1),
+        256: (16, 0, 16, 4, 1),
     },
     ("pooled_bias", 2): {
-        32: (32, 32, 4, 2),
-        64: (64, 64, 4, 2),
-        128: (64, 32, 8, 2),
-        256: (16, 16, 4, 1),
+        32: (64, 0, 64, 4, 2),
+        64: (64, 0, 32, 4, 2),
+        128: (32, 0, 32, 8, 1),
+        256: (16, 0, 16, 4, 1),
     },
     ("pooled_bias", 4): {
-        32: (32, 32, 4, 1),
-        64: (32, 32, 4, 1),
-        128: (32, 32, 8, 1),
-        256: (16, 16, 4, 1),
+        32: (32, 0, 32, 4, 1),
+        64: (32, 0, 32, 4, 1),
+        128: (32, 0, 32, 8, 1),
+        256: (16, 0, 16, 4, 1),
     },
 }
 
 
-def _config(kernel: str, query: Tensor, value: Tensor) -> tuple[int, int, dict[str, int]]:
-    """Queries and pooled keys of a tile, and launch options."""
-    rows = _SIZES[kernel, query.element_size()]
-    head_dim = max(query.shape[-1], value.shape[-1])
-    queries, keys, warps, stages = rows[min(d for d in rows if d >= head_dim)]
-    options = {"num_warps": warps, "num_stages": stages}
-    if head_dim > 32 or query.element_size() == 4:
-        # The assembler would else spill a few for one more block per multiprocessor.
-        options["max_registers"] = 255
-    return queries, keys, options
+def _sizes(
+    kernel: str, element_size: int, head_dim: int, pooled: int
+) -> tuple[int, int, int, dict[str, Any]]:
+    """Tokens of a tile and of a step around it, pooled keys of a block, and launch options."""
+    rows = _SIZES[kernel, element_size]
+    tokens, step, keys, warps, stages = rows[min(d for d in rows if d >= head_dim)]
+    options = {"num_warps": warps, "num_stages": stages, "max_registers": min(255, 2048 // warps)}
+    return tokens, step, min(keys, _block(pooled)), options
 
 
-def _counts(query: Tensor, tile: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Tiles of the map, per axis."""
-    return 1, triton.cdiv(query.shape[1], tile[1]), triton.cdiv(query.shape[2], tile[2])
+def _block(pooled: int) -> int:
+    """The largest block of pooled keys, which all others divide."""
+    return min(64, max(16, triton.next_power_of_2(pooled)))
 
 
-def _optional(
-    bias: Tensor | None, pooled_bias: Tensor | None, window_weights: Tensor | None
-) -> dict[str, Any]:
+@functools.lru_cache(maxsize=1024)
+def _columns(
+    kernel: str,
+    element_size: int,
+    head_dim: int,
+    pooled: int,
+    size: tuple[int, int],
+    sequences: int,
+    window_size: int,
+) -> tuple[int, dict[str, Any]]:
+    """Number of programs of a kernel whose programs take columns of tiles, and arguments of these.
+
+    Args:
+        size: height and width of the map.
+        sequences: images times heads.
+    """
+    tokens, step, keys, options = _sizes(kernel, element_size, head_dim, pooled)
+    tile = _TILES[tokens]
+    around = (tile[0] + window_size - 1) * (tile[1] + window_size - 1)
+    down, columns = triton.cdiv(size[0], tile[0]), triton.cdiv(size[1], tile[1])
+    walk = min(LONGEST_WALK, max(1, sequences * columns * down // PROGRAMS))
+    rows = triton.cdiv(down, walk)
+    return sequences * columns * rows, {
+        "columns": columns,
+        "rows": rows,
+        "walk": triton.cdiv(down, rows),
+        "TILE": tile,
+        "BLOCK_W": min(step, triton.next_power_of_2(around)),
+        **({} if kernel == "key_value" else {"BLOCK_N": keys, "ONE": pooled <= keys}),
+        **options,
+    }
+
+
+def _positive(query: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """Query, a scale that biases can be divided by, and the factor that moved into the query."""
+    if scale >= SMALLEST_SCALE:
+        return query, scale, 1.0
+    return query * scale, 1.0, scale
+
+
+def _padded(pooled_bias: Tensor, scale: float) -> Tensor:
+    """The bias divided by the scale, its rows padded with -inf to a whole number of blocks."""
+    if scale != 1:
+        exact = pooled_bias.dtype == torch.bfloat16 and math.frexp(scale)[0] == 0.5
+        pooled_bias = (pooled_bias if exact else pooled_bias.float()) / scale
+    pooled = pooled_bias.shape[-1]
+    missing = -pooled % _block(pooled)
+    return F.pad(pooled_bias, (0, missing), value=-math.inf).contiguous()
+
+
+def _weights(window_weights: Tensor | None) -> dict[str, Any]:
+    """The window weights and their strides; their tokens lie at equal distances."""
+    if window_weights is None:
+        return dict.fromkeys(("window_weights", "weights_token", "weights_head", "weights_place"))
+    one = window_weights[..., :1]
+    found, token, head = view(one)
+    if found is not one:
+        return _weights(window_weights.contiguous())
     return {
-        "bias": bias,
-        "bias_strides": (0, 0) if bias is None else bias.stride(),
-        "pooled_bias": pooled_bias,
-        "pooled_bias_strides": (0,) * 3 if pooled_bias is None else pooled_bias.stride(),
         "window_weights": window_weights,
-        "window_weights_strides": (0,) * 6
-        if window_weights is None
-        else map_strides(window_weights),
+        "weights_token": token,
+        "weights_head": head,
+        "weights_place": window_weights.stride(-1),
     }
 
 
@@ -126,29 +182,37 @@ def _arguments(
     value: Tensor,
     pooled_key: Tensor,
     pooled_value: Tensor,
+    bias: Tensor | None,
+    pooled_bias: Tensor | None,
+    window_weights: Tensor | None,
     window_size: int,
     scale: float,
+    **maps: Tensor,
 ) -> dict[str, Any]:
-    """Arguments that are the same for all kernels that take them."""
-    found: dict[str, Any] = {
-        "lengths": (1, *query.shape[1:3]),
+    """Arguments that are the same for all kernels that take them; of these `_launch` sees to it.
+
+    Args:
+        maps: further maps, by name.
+    """
+    qkv = {"query": query, "key": key, "value": value}
+    pooled = {"pooled_key": pooled_key, "pooled_value": pooled_value}
+    found = {
+        **views(widths(query, value), **qkv, **pooled, **maps),
+        **_weights(window_weights),
+        "bias": None if bias is None else bias.contiguous(),
+        "pooled_bias": None if pooled_bias is None else _padded(pooled_bias, scale),
+        "height": query.shape[1],
+        "width": query.shape[2],
+        "heads": query.shape[-2],
         "pooled": pooled_key.shape[1],
+        "padded": pooled_key.shape[1] + -pooled_key.shape[1] % _block(pooled_key.shape[1]),
         "scale": scale,
         "K": window_size,
-        # Half precision leaves shared memory to load places of the window ahead.
-        "STAGES": 3 if query.element_size() == 2 else 1,
         "GROUP": query.shape[-2] // key.shape[-2],
-        **widths(query, value),
     }
-    for name, tensor in (
-        ("query", query),
-        ("key", key),
-        ("value", value),
-        ("pooled_key", pooled_key),
-        ("pooled_value", pooled_value),
-    ):
-        found[name] = tensor
-        found[f"{name}_strides"] = map_strides(tensor)
+    if window_weights is not None:
+        last = query.shape[1] * query.shape[2] * found["weights_token"]
+        found["LARGE"] |= last + window_size**2 * found["weights_place"] >= LARGEST_OFFSET
     return found
 
 
@@ -157,7 +221,22 @@ def _launch(
 ) -> None:
     """Launch with those of the arguments that the kernel takes."""
     taken = {name: value for name, value in arguments.items() if name in kernel.arg_names}
-    launch(kernel, programs, device, **taken, **further)
+    launch(kernel, programs, device, **{**taken, **further})
+
+
+def _walk(
+    kernel: str, query: Tensor, value: Tensor, heads: int, arguments: dict[str, Any]
+) -> tuple[int, dict[str, Any]]:
+    """Number of programs that take columns of tiles of `heads` heads, and their arguments."""
+    return _columns(
+        kernel,
+        query.element_size(),
+        max(query.shape[-1], value.shape[-1]),
+        arguments["pooled"],
+        (arguments["height"], arguments["width"]),
+        query.shape[0] * heads,
+        arguments["K"],
+    )
 
 
 def forward(
@@ -182,40 +261,20 @@ def forward(
     logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if output.numel() == 0:
         return output, logsumexp
-    if pooled_bias is not None:
-        pooled_bias = pooled_bias.contiguous()
-    queries, keys, options = _config("forward", query, value)
-    counts = _counts(query, _TILES[queries])
+    query, scale, _ = _positive(query, scale)
+    rest = (pooled_key, pooled_value, bias, pooled_bias, window_weights, window_size, scale)
+    arguments = _arguments(query, key, value, *rest)
+    programs, options = _walk("forward", query, value, query.shape[-2], arguments)
     _launch(
         aggregated_forward.forward_kernel,
-        query.shape[0] * query.shape[-2] * math.prod(counts),
+        programs,
         query.device,
-        {
-            **_arguments(query, key, value, pooled_key, pooled_value, window_size, scale),
-            **_optional(bias, pooled_bias, window_weights),
-        },
-        output=output,
+        arguments,
+        output=view(output),
         logsumexp=logsumexp,
-        output_strides=map_strides(output),
-        logsumexp_strides=row_strides(logsumexp),
-        tiles=counts,
-        heads=query.shape[-2],
-        TILE=_TILES[queries],
-        BLOCK_N=keys,
-        LARGE=_large(query, key, value, output, pooled_bias, window_weights),
-        ALIGN=_align(query, key, value, pooled_key, pooled_value, output),
         **options,
     )
     return output, logsumexp
-
-
-def _large(*tensors: Tensor | None) -> bool:
-    return large(*(tensor for tensor in tensors if tensor is not None))
-
-
-def _align(*tensors: Tensor) -> int:
-    """The power of two, up to 16, that divides all strides but the last of all tensors."""
-    return math.gcd(16, *(stride for tensor in tensors for stride in tensor.stride()[:-1]))
 
 
 def backward(
@@ -247,75 +306,82 @@ def backward(
         tensor if need else None
         for tensor, need in zip((bias, pooled_bias, window_weights), needs[5:])
     )
-    grad_weights = None if for_weights is None else for_weights.new_empty(for_weights.shape)
     if output.numel() == 0:
         rest = (
             None if tensor is None else torch.zeros_like(tensor)
             for tensor in (for_bias, for_pooled_bias, for_weights)
         )
         return *(grad.zero_() for grad in grads), *rest
-    if pooled_bias is not None:
-        pooled_bias = pooled_bias.contiguous()
-    grad_query, grad_key, grad_value, *_ = grads
-    device, heads, heads_kv = query.device, query.shape[-2], key.shape[-2]
-    delta = torch.empty_like(logsumexp)
+    query, scale, factor = _positive(query, scale)
+    optional = (bias, pooled_bias, window_weights)
     arguments = {
-        **_arguments(query, key, value, pooled_key, pooled_value, window_size, scale),
-        **_optional(bias, pooled_bias, window_weights),
+        **_arguments(
+            query,
+            key,
+            value,
+            pooled_key,
+            pooled_value,
+            *optional,
+            window_size,
+            scale,
+            grad_output=grad_output,
+        ),
         "logsumexp": logsumexp,
-        "logsumexp_strides": row_strides(logsumexp),
-        "delta": delta,
-        "grad_output": grad_output,
-        "grad_output_strides": map_strides(grad_output),
-        "LARGE": _large(query, key, value, output, grad_output, pooled_bias, window_weights),
-        "ALIGN": _align(query, key, value, pooled_key, pooled_value, grad_output, *grads),
+        "delta": torch.empty_like(logsumexp),
     }
-
-    queries, keys, options = _config("query", query, value)
-    counts = _counts(query, _TILES[queries])
+    grad_weights = None if for_weights is None else for_weights.new_empty(for_weights.shape)
+    programs, options = _walk("query", query, value, query.shape[-2], arguments)
     _launch(
         aggregated_backward.query_kernel,
-        query.shape[0] * heads * math.prod(counts),
-        device,
-        arguments,
-        grad_query=grad_query,
-        grad_query_strides=map_strides(grad_query),
-        grad_window_weights=grad_weights,
-        grad_window_weights_strides=(0,) * 6 if grad_weights is None else map_strides(grad_weights),
-        tiles=counts,
-        heads=heads,
-        TILE=_TILES[queries],
-        BLOCK_N=keys,
-        **options,
-    )
-    queries, _, options = _config("key_value", query, value)
-    counts = _counts(query, _TILES[queries])
-    programs = query.shape[0] * heads_kv * math.prod(counts)
-    bias_sums = None
-    if for_bias is not None:
-        bias_sums = logsumexp.new_empty(programs, heads // heads_kv, window_size**2)
-    _launch(
-        aggregated_backward.key_value_kernel,
         programs,
-        device,
+        query.device,
         arguments,
-        bias_sums=bias_sums,
-        grad_key=grad_key,
-        grad_key_strides=map_strides(grad_key),
-        grad_value=grad_value,
-        grad_value_strides=map_strides(grad_value),
-        tiles=counts,
-        heads=heads_kv,
-        TILE=_TILES[queries],
+        grad_query=view(grads[0]),
+        grad_window_weights=grad_weights,
         **options,
     )
+    if factor != 1:
+        grads[0] *= factor
+    grad_bias = _grad_key_value(query, key, value, grads[1], grads[2], for_bias, arguments)
     grads[3:] = _grad_pooled(query, pooled_key, pooled_value, arguments)
-    grad_bias = grad_pooled_bias = None
-    if for_bias is not None and bias_sums is not None:
-        grad_bias = bias_sums.view(-1, heads, window_size**2).sum(0).to(for_bias.dtype)
+    grad_pooled_bias = None
     if for_pooled_bias is not None:
         grad_pooled_bias = _grad_pooled_bias(query, value, for_pooled_bias, arguments)
     return *grads, grad_bias, grad_pooled_bias, grad_weights
+
+
+def _grad_key_value(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    bias: Tensor | None,
+    arguments: dict[str, Any],
+) -> Tensor | None:
+    """Writes the gradients of keys and values, and returns that of the bias."""
+    heads, group, places = key.shape[-2], arguments["GROUP"], arguments["K"] ** 2
+    programs, options = _walk("key_value", query, value, heads, arguments)
+    tokens = math.prod(options["TILE"])
+    sums = None
+    if bias is not None:
+        parts = options["walk"] * group
+        sums = query.new_empty((programs, parts, tokens, places), dtype=torch.float32)
+    _launch(
+        aggregated_backward.key_value_kernel,
+        programs,
+        query.device,
+        arguments,
+        grad_key=view(grad_key),
+        grad_value=view(grad_value),
+        bias_sums=sums,
+        heads=heads,
+        **options,
+    )
+    if bias is None or sums is None:
+        return None
+    sums = sums.view(-1, heads, parts // group, group, tokens, places)
+    return sums.sum((0, 2, 4)).view(bias.shape).to(bias.dtype)
 
 
 def _parts(programs: int, steps: int, bytes_of_part: int) -> int:
@@ -327,11 +393,11 @@ def _grad_pooled(
     query: Tensor, pooled_key: Tensor, pooled_value: Tensor, arguments: dict[str, Any]
 ) -> list[Tensor]:
     """Gradients of pooled keys and values."""
-    queries, keys, options = _config("pooled", query, pooled_value)
     images, pooled, heads, _ = pooled_key.shape
-    group = query.shape[-2] // heads
+    head_dim = max(query.shape[-1], pooled_value.shape[-1])
+    queries, _, keys, options = _sizes("pooled", query.element_size(), head_dim, pooled)
     programs = images * heads * triton.cdiv(pooled, keys)
-    steps = group * triton.cdiv(query.shape[1] * query.shape[2], queries)
+    steps = arguments["GROUP"] * triton.cdiv(query.shape[1] * query.shape[2], queries)
     parts = _parts(programs, steps, 4 * max(pooled_key.numel(), pooled_value.numel()))
     dtype = torch.float32 if parts > 1 else query.dtype
     grads = [
@@ -343,10 +409,8 @@ def _grad_pooled(
         programs * parts,
         query.device,
         arguments,
-        grad_pooled_key=grads[0],
-        grad_pooled_key_strides=map_strides(grads[0]),
-        grad_pooled_value=grads[1],
-        grad_pooled_value_strides=map_strides(grads[1]),
+        grad_pooled_key=view(grads[0]),
+        grad_pooled_value=view(grads[1]),
         heads=heads,
         images=images,
         parts=parts,
@@ -360,8 +424,9 @@ def _grad_pooled(
 def _grad_pooled_bias(
     query: Tensor, value: Tensor, pooled_bias: Tensor, arguments: dict[str, Any]
 ) -> Tensor:
-    queries, keys, options = _config("pooled_bias", query, value)
     heads, tokens, pooled = pooled_bias.shape
+    head_dim = max(query.shape[-1], value.shape[-1])
+    queries, _, keys, options = _sizes("pooled_bias", query.element_size(), head_dim, pooled)
     programs = heads * triton.cdiv(tokens, queries) * triton.cdiv(pooled, keys)
     parts = _parts(programs, query.shape[0], 4 * pooled_bias.numel())
     sums = pooled_bias.new_empty((parts, *pooled_bias.shape), dtype=torch.float32)
@@ -371,7 +436,6 @@ def _grad_pooled_bias(
         query.device,
         arguments,
         sums=sums,
-        heads=heads,
         images=query.shape[0],
         parts=parts,
         BLOCK_M=queries,

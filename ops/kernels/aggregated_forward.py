@@ -1,10 +1,12 @@
-"""Aggregated attention, forward: one program computes one tile of queries of one head.
+"""Aggregated attention, forward: one program computes a column of tiles of queries of one head.
 
-The pooled keys are taken in tiles, as matrix products. The window is too small for these: its
-places follow one after the other, as elementwise products of the tile with the map shifted, which
-the first-level cache holds. One online softmax in base 2 runs over both.
+The windows of a tile's queries lie in one rectangle of keys: the tile and a margin. Scores with all
+of these are matrix products, most of them outside of the windows; on tensor cores they cost less
+than the products inside would elsewhere. One online softmax in base 2 runs over them and over the
+pooled keys. Biases are where a matrix product begins to sum, so that adding them is free; they come
+divided by the scale, and those of the window as -inf outside of it.
 
-Also what forward and backward share: the tile, its window and the pooled keys.
+Also what forward and backward share: tiles, rectangles around them, and pooled keys.
 """
 
 from __future__ import annotations
@@ -12,215 +14,204 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vitarium.ops.kernels.common import (
-    LOG2E,
-    channel_offsets,
-    dot,
-    exists,
-    load_rows,
-    positions,
-    softmax_step,
-    split,
-    store_rows,
-    token_offsets,
-)
+from vitarium.ops.kernels.common import LOG2E, dot, softmax_step
+from vitarium.ops.kernels.rows import load_pair, load_vectors, store_numbers, store_vectors
+
+# What varies with the map: values for which nothing is compiled anew.
+SIZES = ["height", "width", "heads", "pooled", "padded", "columns", "rows", "walk"]
+SIZES += ["weights_token", "weights_head", "weights_place", "images", "parts"]
 
 
 @triton.jit
-def map_offsets(
-    strides, batch, head, position, BLOCK: tl.constexpr, LARGE: tl.constexpr, ALIGN: tl.constexpr
-):
-    """Offsets of the vectors of tokens, (tokens, BLOCK), in a map without dilation.
-
-    ALIGN divides all strides but the channels', which the compiler would have to know to load
-    several channels at once.
-    """
-    base, offset = token_offsets(batch, head, position, (0, 0, 0), (1, 1, 1), strides, LARGE)
-    base = tl.multiple_of(base, ALIGN)
-    offset = tl.multiple_of(offset, ALIGN)
-    return base, offset[:, None] + channel_offsets(strides, BLOCK, LARGE)
-
-
-@triton.jit
-def load_map(
-    tensor, strides, batch, head, position, present,
-    D: tl.constexpr, BLOCK: tl.constexpr, LARGE: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """The vectors of tokens, (tokens, BLOCK); zero where `present` is false and beyond D."""
-    base, offsets = map_offsets(strides, batch, head, position, BLOCK, LARGE, ALIGN)
-    mask = present[:, None] & (tl.arange(0, BLOCK) < D)[None, :]
-    return tl.load(tensor + base + offsets, mask=mask, other=0.0)
-
-
-@triton.jit
-def store_map(
-    tensor, strides, batch, head, position, present, tokens,
-    D: tl.constexpr, BLOCK: tl.constexpr, LARGE: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """Writes what `load_map` reads, in the tensor's dtype."""
-    base, offsets = map_offsets(strides, batch, head, position, BLOCK, LARGE, ALIGN)
-    mask = present[:, None] & (tl.arange(0, BLOCK) < D)[None, :]
-    tl.store(tensor + base + offsets, tokens.to(tensor.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_numbers(tensor, strides, batch, head, position, present, other, LARGE: tl.constexpr):
-    """`common.load_rows` of a map without dilation."""
-    return load_rows(
-        tensor, strides, batch, head, position, present, (0, 0, 0), (1, 1, 1), other, LARGE
-    )
-
-
-@triton.jit
-def store_numbers(tensor, strides, batch, head, position, present, rows, LARGE: tl.constexpr):
-    """`common.store_rows` of a map without dilation."""
-    store_rows(tensor, strides, batch, head, position, present, (0, 0, 0), (1, 1, 1), rows, LARGE)
-
-
-@triton.jit
-def tile_of_program(tiles, heads, lengths, TILE: tl.constexpr):
-    """Batch, head, number and positions of the tile of this program, and which of them exist.
+def column_of_program(columns, rows, heads):
+    """Image, head, and column of tiles of this program: numbers from the left and from the top.
 
     Heads of a token lie next to each other in memory, so they are computed at the same time.
     """
     program = tl.program_id(0)
     head = program % heads
-    z, y, x, batch = split(program // heads, tiles)
-    origin = (z * TILE[0], y * TILE[1], x * TILE[2])
-    at = positions(origin, tl.arange(0, TILE[0] * TILE[1] * TILE[2]), TILE)
-    return batch, head, at, exists(at, lengths)
+    program = program // heads
+    column = program % columns
+    program = program // columns
+    return program // rows, head, column, program % rows
 
 
 @triton.jit
-def shifted(at, present, place, lengths, K: tl.constexpr, SIGN: tl.constexpr):
-    """Tokens at one place of the windows of others (SIGN 1), or those that see them there (-1)."""
-    y = at[1] + SIGN * (place // K - K // 2)
-    x = at[2] + SIGN * (place % K - K // 2)
-    on_map = (y >= 0) & (y < lengths[1]) & (x >= 0) & (x < lengths[2])
-    return (at[0], y, x), present & on_map
+def tile_tokens(y, x, height, width, TILE: tl.constexpr):
+    """Tokens of the tile that begins at (y, x), and which of them exist."""
+    index = tl.arange(0, TILE[0] * TILE[1])
+    y += index // TILE[1]
+    x += index % TILE[1]
+    return y * width + x, (y < height) & (x < width)
 
 
 @triton.jit
-def pooled_at(start, pooled, BLOCK: tl.constexpr):
-    """Positions of a tile of pooled tokens, as of a map, and which of them exist."""
-    index = start + tl.arange(0, BLOCK)
-    return (index * 0, index * 0, index), index < pooled
+def around(y, x, step, height, width, K: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """Tokens of a step through the rectangle around a tile, and which of them exist."""
+    across: tl.constexpr = TILE[1] + K - 1
+    index = step * BLOCK + tl.arange(0, BLOCK)
+    down = index // across
+    y += down - K // 2
+    x += index % across - K // 2
+    exists = (y >= 0) & (y < height) & (x >= 0) & (x < width) & (down < TILE[0] + K - 1)
+    return y * width + x, exists
 
 
 @triton.jit
-def window_scores(q, k, bias, head, place, bias_strides, scale):
-    """Base-2 scores of tokens and one token of each one's window; q and k in float32."""
-    scores = tl.sum(q * k, 1) * (scale * LOG2E)
-    if bias is not None:
-        entry = tl.load(bias + head * bias_strides[0] + place * bias_strides[1])
-        scores += entry.to(tl.float32) * LOG2E
-    return scores
+def places(step, K: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """Where tokens `around` a tile lie in the windows of its own, which are rows here.
+
+    The place is the difference of two vectors, of the others and of the tile's own, that are
+    returned with whether the window holds the token.
+    """
+    across: tl.constexpr = TILE[1] + K - 1
+    own = tl.arange(0, TILE[0] * TILE[1])[:, None]
+    other = (step * BLOCK + tl.arange(0, BLOCK))[None, :]
+    down = other // across - own // TILE[1]
+    right = other % across - own % TILE[1]
+    inside = (down >= 0) & (down < K) & (right >= 0) & (right < K)
+    return own // TILE[1] * K + own % TILE[1], other // across * K + other % across, inside
 
 
 @triton.jit
-def load_pooled_bias(pooled_bias, strides, head, token, key, present, LARGE: tl.constexpr):
-    """Base-2 entries for token and pooled key, zero where not present."""
+def window_bias(
+    bias, head, step, scale, K: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    MIRRORED: tl.constexpr,
+):  # fmt: skip
+    """What a product of a tile and a step around it begins with. MIRRORED: the tile is of keys."""
+    own, other, inside = places(step, K, TILE, BLOCK)
+    if bias is None:
+        return tl.where(inside, 0.0, float("-inf"))
+    else:
+        place = other - own
+        if MIRRORED:
+            place = K * K - 1 - place
+        entries = tl.load(bias + head * (K * K) + place, mask=inside, other=float("-inf"))
+        return entries.to(tl.float32) * (1.0 / scale)
+
+
+@triton.jit
+def pooled_bias_rows(
+    pooled_bias, head, tokens, token, start, padded,
+    BLOCK: tl.constexpr, LARGE: tl.constexpr,
+):  # fmt: skip
+    """What products of tokens and a block of pooled keys begin with; -inf beyond the last key.
+
+    Tokens beyond the last have the entries of that.
+    """
+    token = tl.minimum(token, tokens - 1)
     if LARGE:
         token = token.to(tl.int64)
-    offset = head.to(tl.int64) * strides[0] + (token * strides[1] + key * strides[2])
-    return tl.load(pooled_bias + offset, mask=present, other=0.0).to(tl.float32) * LOG2E
+    # Rows are padded to a multiple of 16, so that several entries are loaded at once.
+    row = tl.multiple_of(token * padded, 16)
+    base = tl.multiple_of((head * tokens).to(tl.int64) * padded, 16)
+    source = pooled_bias + base + (row[:, None] + (start + tl.arange(0, BLOCK))[None, :])
+    return tl.load(source).to(tl.float32)
 
 
-@triton.jit(do_not_specialize_on_alignment=["lengths", "tiles", "heads", "pooled"])
+@triton.jit
+def at_places(window_weights, strides, first, head, token, with_token, other, LARGE: tl.constexpr):
+    """Pointers to numbers of tokens at places `with_token + other` of their windows.
+
+    `token` and `with_token` are columns and `other` a row, or the other way round. Strides are
+    those of tokens, heads and places.
+    """
+    if LARGE:
+        token = token.to(tl.int64)
+        with_token = with_token.to(tl.int64)
+        other = other.to(tl.int64)
+    base = first * strides[0] + head.to(tl.int64) * strides[1]
+    return (
+        window_weights
+        + base
+        + ((token * strides[0] + with_token * strides[2]) + other * strides[2])
+    )
+
+
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    query, key, value, pooled_key, pooled_value,
-    bias, pooled_bias, window_weights,  # each may be None
-    output, logsumexp,  # results
-    query_strides, key_strides, value_strides,  # (batch, z, y, x, head, channel)
-    pooled_key_strides, pooled_value_strides,  # the same, tokens along x
-    bias_strides,  # (head, place)
-    pooled_bias_strides,  # (head, token, key)
-    window_weights_strides,  # (batch, z, y, x, head, place)
-    output_strides, logsumexp_strides,
-    lengths,  # of the map, per axis
-    tiles,  # per axis
-    heads,
-    pooled,  # number of pooled keys
-    scale,
+    query, key, value, pooled_key, pooled_value,  # views
+    bias, pooled_bias,  # contiguous, the second padded; each may be None, and so
+    window_weights, weights_token, weights_head, weights_place,  # may these, with their strides
+    output, logsumexp,  # results: a view, and a contiguous tensor
+    height, width, heads,
+    pooled, padded,  # pooled keys, without and with padding
+    columns, rows,  # columns of tiles on the map: side by side, one above the other
+    walk,  # tiles of a column
+    scale,  # positive
     GROUP: tl.constexpr,  # query heads per key head
     K: tl.constexpr,  # side of the window
-    TILE: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr,
+    ONE: tl.constexpr,  # one block holds all pooled keys
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr, ALIGN: tl.constexpr,
-    STAGES: tl.constexpr,  # of the walk over the window
 ):  # fmt: skip
-    BLOCK_M: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
-    batch, head, at, present = tile_of_program(tiles, heads, lengths, TILE)
-    q = load_map(query, query_strides, batch, head, at, present, D, BLOCK_D, LARGE, ALIGN)
-    maximum = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: no inf - inf
-    total = tl.zeros([BLOCK_M], tl.float32)
-    accumulator = tl.zeros([BLOCK_M, BLOCK_VALUE_D], tl.float32)
-    token = at[1] * lengths[2] + at[2]
-    for start in range(0, pooled, BLOCK_N):
-        k_at, k_exists = pooled_at(start, pooled, BLOCK_N)
-        k = load_map(
-            pooled_key, pooled_key_strides, batch, head // GROUP, k_at, k_exists,
-            D, BLOCK_D, LARGE, ALIGN,
-        )  # fmt: skip
-        v = load_map(
-            pooled_value, pooled_value_strides, batch, head // GROUP, k_at, k_exists,
+    BLOCK: tl.constexpr = TILE[0] * TILE[1]
+    STEPS: tl.constexpr = ((TILE[0] + K - 1) * (TILE[1] + K - 1) + BLOCK_W - 1) // BLOCK_W
+    batch, head, column, row = column_of_program(columns, rows, heads)
+    first = batch.to(tl.int64) * (height * width)
+    pooled_first = batch.to(tl.int64) * pooled
+    # What all tiles need stays in registers and in shared memory, if it fits.
+    near_bias = window_bias(bias, head, 0, scale, K, TILE, BLOCK_W, False)
+    first_far = tl.arange(0, BLOCK_N)
+    held_k, held_v = load_pair(
+        pooled_key, pooled_value, pooled_first, head // GROUP, first_far, first_far < pooled,
+        D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE, ALIGN,
+    )  # fmt: skip
+    for index in range(walk):
+        y = (row * walk + index) * TILE[0]
+        x = column * TILE[1]
+        token, exists = tile_tokens(y, x, height, width, TILE)
+        q = load_vectors(query, first, head, token, exists, D, BLOCK_D, LARGE, ALIGN)
+        maximum = tl.full([BLOCK], -1e30, tl.float32)  # finite: no inf - inf
+        total = tl.zeros([BLOCK], tl.float32)
+        accumulator = tl.zeros([BLOCK, BLOCK_VALUE_D], tl.float32)
+        further = tl.zeros([BLOCK, BLOCK_VALUE_D], tl.float32)
+        for step in tl.range(0, STEPS):
+            if STEPS > 1:
+                near_bias = window_bias(bias, head, step, scale, K, TILE, BLOCK_W, False)
+            near, seen = around(y, x, step, height, width, K, TILE, BLOCK_W)
+            near_k, near_v = load_pair(
+                key, value, first, head // GROUP, near, seen,
+                D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE, ALIGN,
+            )  # fmt: skip
+            if window_weights is not None:  # first, as they need most registers
+                own, other, inside = places(step, K, TILE, BLOCK_W)
+                # Those of the last in place of tokens that do not exist.
+                extra = at_places(
+                    window_weights, (weights_token, weights_head, weights_place), first, head,
+                    tl.minimum(token, height * width - 1)[:, None], -own, other, LARGE,
+                )  # fmt: skip
+                extra = tl.load(extra, mask=inside, other=0.0)
+                further = dot(extra, near_v, further, PRECISION, UPCAST)
+            near_scores = dot(q, tl.trans(near_k), near_bias, PRECISION, UPCAST)
+            near_scores = tl.where(seen[None, :], near_scores, float("-inf"))
+            maximum, total, accumulator = softmax_step(
+                near_scores, near_v, maximum, total, accumulator, scale * LOG2E, PRECISION, UPCAST
+            )
+        for start in range(0, BLOCK_N if ONE else pooled, BLOCK_N):
+            far = start + tl.arange(0, BLOCK_N)
+            if ONE:
+                far_k = held_k
+                far_v = held_v
+            else:
+                far_k, far_v = load_pair(
+                    pooled_key, pooled_value, pooled_first, head // GROUP, far, far < pooled,
+                    D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE, ALIGN,
+                )  # fmt: skip
+            if pooled_bias is None:
+                far_scores = dot(q, tl.trans(far_k), None, PRECISION, UPCAST)
+                far_scores = tl.where((far < pooled)[None, :], far_scores, float("-inf"))
+            else:
+                far_bias = pooled_bias_rows(
+                    pooled_bias, head, height * width, token, start, padded, BLOCK_N, LARGE
+                )
+                far_scores = dot(q, tl.trans(far_k), far_bias, PRECISION, UPCAST)
+            maximum, total, accumulator = softmax_step(
+                far_scores, far_v, maximum, total, accumulator, scale * LOG2E, PRECISION, UPCAST
+            )
+        store_vectors(
+            output, first, head, token, exists, accumulator * (1.0 / total)[:, None] + further,
             VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
         )  # fmt: skip
-        scores = dot(q, tl.trans(k), None, PRECISION, UPCAST) * (scale * LOG2E)
-        if pooled_bias is not None:
-            scores += load_pooled_bias(
-                pooled_bias, pooled_bias_strides, head, token[:, None], k_at[2][None, :],
-                present[:, None] & k_exists[None, :], LARGE,
-            )  # fmt: skip
-        scores = tl.where(k_exists[None, :], scores, float("-inf"))
-        maximum, total, accumulator = softmax_step(
-            scores, v, maximum, total, accumulator, 1.0, PRECISION, UPCAST
-        )
-    q_wide = q.to(tl.float32)
-    further = tl.zeros([BLOCK_M, BLOCK_VALUE_D], tl.float32)
-    for place in tl.range(0, K * K, num_stages=STAGES):
-        k_at, seen = shifted(at, present, place, lengths, K, 1)
-        k = load_map(key, key_strides, batch, head // GROUP, k_at, seen, D, BLOCK_D, LARGE, ALIGN)
-        v = load_map(
-            value,
-            value_strides,
-            batch,
-            head // GROUP,
-            k_at,
-            seen,
-            VALUE_D,
-            BLOCK_VALUE_D,
-            LARGE,
-            ALIGN,
-        ).to(tl.float32)
-        scores = window_scores(q_wide, k.to(tl.float32), bias, head, place, bias_strides, scale)
-        scores = tl.where(seen, scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, scores)
-        weights = tl.exp2(scores - new_maximum)
-        decay = tl.exp2(maximum - new_maximum)
-        total = total * decay + weights
-        accumulator = accumulator * decay[:, None] + weights[:, None] * v
-        maximum = new_maximum
-        if window_weights is not None:
-            extra = load_numbers(
-                window_weights + place * window_weights_strides[5], window_weights_strides,
-                batch, head, at, seen, 0.0, LARGE,
-            )  # fmt: skip
-            further += extra.to(tl.float32)[:, None] * v
-    result = accumulator / total[:, None] + further
-    store_map(
-        output,
-        output_strides,
-        batch,
-        head,
-        at,
-        present,
-        result,
-        VALUE_D,
-        BLOCK_VALUE_D,
-        LARGE,
-        ALIGN,
-    )
-    store_numbers(
-        logsumexp, logsumexp_strides, batch, head, at, present, maximum + tl.log2(total), LARGE
-    )
+        store_numbers(logsumexp, first, heads, head, token, exists, maximum + tl.log2(total), LARGE)

@@ -289,7 +289,7 @@ class Plan:
         else:
             largest = powers.amax(-1, keepdim=True)
             sums = powers.sub_(largest).exp2_().sum(-1, keepdim=True)
-            powers.div_(sums)
+            powers.mul_(sums.reciprocal())
         if shift is not None:
             torch.log2(sums, out=shift).neg_()
             if largest is not None:

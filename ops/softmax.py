@@ -14,14 +14,14 @@ def softmax_of_exponents(exponents: Tensor) -> Tensor | None:
     """The softmax of powers of two over the last dimension, in place, without its maximum.
 
     Returns:
-        The sums that powers were divided by, or None where one of them is near the ends of the
-        range of float32, or is no number: what is in place is no softmax then.
+        The sums of the powers, or None where one of them is near the ends of the range of
+        float32, or is no number: what is in place is no softmax then.
     """
     sums = exponents.exp2_().sum(-1, keepdim=True)
     least, largest = (float(sum) for sum in torch.aminmax(sums))
     if not (SUMS[0] < least and largest < SUMS[1]):
         return None
-    exponents.div_(sums)
+    exponents.mul_(sums.reciprocal())  # takes half the time of a division
     return sums
 
 

@@ -17,11 +17,11 @@ from vitarium.ops.kernels.launch import launch, widths
 from vitarium.ops.kernels.rows import LARGEST_OFFSET, view, views
 
 # Sums over queries and over images are split among this many programs, as far as their partial sums
-# stay this small, and columns of tiles are no longer than leaves as many programs. Constants, so
+# stay this small, and walks over tiles are no longer than leaves as many programs. Constants, so
 # that the result does not depend on a device.
 PROGRAMS = 1024
 PARTIAL_BYTES = 64 << 20
-LONGEST_WALK = 14  # tiles of a column
+LONGEST_WALK = 14  # tiles of a program
 SMALLEST_SCALE = 1e-3  # by which biases are divided
 
 # Sides of a tile of the map by its number of tokens.
@@ -56,7 +56,7 @@ _SIZES: dict[tuple[str, int], dict[int, tuple[int, int, int, int, int]]] = {
         256: (16, 16, 16, 8, 1),
     },
     ("key_value", 2): {
-        32: (32, 32, 16, 1, 1),
+        32: (32, 16, 16, 1, 1),
         64: (32, 16, 16, 2, 1),
         128: (32, 32, 16, 8, 1),
         256: (16, 16, 16, 8, 1),
@@ -111,7 +111,7 @@ def _block(pooled: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _columns(
+def _shares(
     kernel: str,
     element_size: int,
     head_dim: int,
@@ -120,7 +120,7 @@ def _columns(
     sequences: int,
     window_size: int,
 ) -> tuple[int, dict[str, Any]]:
-    """Number of programs of a kernel whose programs take columns of tiles, and arguments of these.
+    """Number of programs of a kernel whose programs walk over tiles of a map, and their arguments.
 
     Args:
         size: height and width of the map.
@@ -129,13 +129,12 @@ def _columns(
     tokens, step, keys, options = _sizes(kernel, element_size, head_dim, pooled)
     tile = _TILES[tokens]
     around = (tile[0] + window_size - 1) * (tile[1] + window_size - 1)
-    down, columns = triton.cdiv(size[0], tile[0]), triton.cdiv(size[1], tile[1])
-    walk = min(LONGEST_WALK, max(1, sequences * columns * down // PROGRAMS))
-    rows = triton.cdiv(down, walk)
-    return sequences * columns * rows, {
-        "columns": columns,
-        "rows": rows,
-        "walk": triton.cdiv(down, rows),
+    tiles = triton.cdiv(size[0], tile[0]) * triton.cdiv(size[1], tile[1])
+    walk = min(LONGEST_WALK, max(1, sequences * tiles // PROGRAMS))
+    shares = triton.cdiv(tiles, walk)
+    return sequences * shares, {
+        "shares": shares,
+        "walk": triton.cdiv(tiles, shares),
         "TILE": tile,
         "BLOCK_W": min(step, triton.next_power_of_2(around)),
         **({} if kernel == "key_value" else {"BLOCK_N": keys, "ONE": pooled <= keys}),
@@ -227,8 +226,8 @@ def _launch(
 def _walk(
     kernel: str, query: Tensor, value: Tensor, heads: int, arguments: dict[str, Any]
 ) -> tuple[int, dict[str, Any]]:
-    """Number of programs that take columns of tiles of `heads` heads, and their arguments."""
-    return _columns(
+    """`_shares` of the maps of `heads` heads."""
+    return _shares(
         kernel,
         query.element_size(),
         max(query.shape[-1], value.shape[-1]),

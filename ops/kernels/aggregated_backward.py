@@ -1,10 +1,10 @@
 """Aggregated attention, backward: four kernels, none with atomics, so runs are bit-equal.
 
-- `query_kernel`: one program per column of tiles of queries, the forward's walk. It also gives the
+- `query_kernel`: one program per share of a map's tiles, the forward's walk. It also gives the
   gradient of the window weights.
-- `key_value_kernel`: one program per column of tiles of the map's keys: the tokens that see a key
+- `key_value_kernel`: one program per share of a map's tiles of keys: the tokens that see a key
   lie around it as its own window does, mirrored. Of the gradient of the window's bias it gives the
-  terms of each token, summed over a column.
+  terms of every key.
 - `pooled_kernel`: one program per block of pooled keys and part of the queries, which all see them.
 - `pooled_bias_kernel`: one program per block of queries, of pooled keys and part of the images.
 
@@ -20,9 +20,11 @@ from vitarium.ops.kernels.aggregated_forward import (
     SIZES,
     around,
     at_places,
-    column_of_program,
+    next_tile,
     places,
     pooled_bias_rows,
+    share_of_program,
+    tile_origin,
     tile_tokens,
     window_bias,
 )
@@ -42,7 +44,7 @@ def query_kernel(
     query, key, value, pooled_key, pooled_value, bias, pooled_bias, logsumexp, grad_output,
     grad_query, delta,  # results; delta sums softmax weights times their gradients
     grad_window_weights,  # result, contiguous; None if not wanted
-    height, width, heads, pooled, padded, columns, rows, walk, scale,  # as those of forward_kernel
+    height, width, heads, pooled, padded, shares, walk, scale,  # as those of forward_kernel
     GROUP: tl.constexpr, K: tl.constexpr,
     TILE: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, ONE: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
@@ -54,7 +56,7 @@ def query_kernel(
     # in it, and may be rounded.)
     BLOCK: tl.constexpr = TILE[0] * TILE[1]
     STEPS: tl.constexpr = ((TILE[0] + K - 1) * (TILE[1] + K - 1) + BLOCK_W - 1) // BLOCK_W
-    batch, head, column, row = column_of_program(columns, rows, heads)
+    batch, head, share = share_of_program(shares, heads)
     first = batch.to(tl.int64) * (height * width)
     pooled_first = batch.to(tl.int64) * pooled
     near_bias = window_bias(bias, head, 0, scale, K, TILE, BLOCK_W, False)
@@ -63,9 +65,8 @@ def query_kernel(
         pooled_key, pooled_value, pooled_first, head // GROUP, first_far, first_far < pooled,
         D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE, ALIGN,
     )  # fmt: skip
-    for index in range(walk):
-        y = (row * walk + index) * TILE[0]
-        x = column * TILE[1]
+    y, x = tile_origin(share * walk, height, TILE)
+    for _ in range(walk):
         token, exists = tile_tokens(y, x, height, width, TILE)
         q = load_vectors(query, first, head, token, exists, D, BLOCK_D, LARGE, ALIGN)
         grad = load_vectors(
@@ -129,6 +130,7 @@ def query_kernel(
             grad_query, first, head, token, exists,
             (accumulator - row_delta[:, None] * mean_key) * scale, D, BLOCK_D, LARGE, ALIGN,
         )  # fmt: skip
+        y, x = next_tile(y, x, height, TILE)
 
 
 @triton.jit
@@ -152,7 +154,7 @@ def key_value_kernel(
     grad_key, grad_value,  # results
     bias_sums,  # result: (programs, tiles, GROUP, tokens of a tile, K * K); None: not wanted
     height, width,
-    heads, columns, rows, walk,  # of keys; the rest as in forward_kernel
+    heads, shares, walk,  # of keys; the rest as in forward_kernel
     scale,
     GROUP: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, BLOCK_W: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
@@ -160,13 +162,12 @@ def key_value_kernel(
 ):  # fmt: skip
     BLOCK: tl.constexpr = TILE[0] * TILE[1]
     STEPS: tl.constexpr = ((TILE[0] + K - 1) * (TILE[1] + K - 1) + BLOCK_W - 1) // BLOCK_W
-    batch, key_head, column, row = column_of_program(columns, rows, heads)
+    batch, key_head, share = share_of_program(shares, heads)
     first = batch.to(tl.int64) * (height * width)
     line = tl.program_id(0).to(tl.int64)
     near_bias = window_bias(bias, key_head * GROUP, 0, scale, K, TILE, BLOCK_W, True)
+    y, x = tile_origin(share * walk, height, TILE)
     for index in range(walk):
-        y = (row * walk + index) * TILE[0]
-        x = column * TILE[1]
         token, exists = tile_tokens(y, x, height, width, TILE)
         k, v = load_pair(
             key, value, first, key_head, token, exists,
@@ -210,6 +211,7 @@ def key_value_kernel(
             grad_value, first, key_head, token, exists, v_accumulator,
             VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
         )  # fmt: skip
+        y, x = next_tile(y, x, height, TILE)
 
 
 @triton.jit(do_not_specialize=SIZES)

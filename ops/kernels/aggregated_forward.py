@@ -1,4 +1,4 @@
-"""Aggregated attention, forward: one program computes a column of tiles of queries of one head.
+"""Aggregated attention, forward: one program computes a share of a map's tiles for one head.
 
 The windows of a tile's queries lie in one rectangle of keys: the tile and a margin. Scores with all
 of these are matrix products, most of them outside of the windows; on tensor cores they cost less
@@ -18,22 +18,32 @@ from vitarium.ops.kernels.common import LOG2E, dot, softmax_step
 from vitarium.ops.kernels.rows import load_pair, load_vectors, store_numbers, store_vectors
 
 # What varies with the map: values for which nothing is compiled anew.
-SIZES = ["height", "width", "heads", "pooled", "padded", "columns", "rows", "walk"]
+SIZES = ["height", "width", "heads", "pooled", "padded", "shares", "walk"]
 SIZES += ["weights_token", "weights_head", "weights_place", "images", "parts"]
 
 
 @triton.jit
-def column_of_program(columns, rows, heads):
-    """Image, head, and column of tiles of this program: numbers from the left and from the top.
+def share_of_program(shares, heads):
+    """Image, head, and which share of the map's tiles is this program's.
 
     Heads of a token lie next to each other in memory, so they are computed at the same time.
     """
     program = tl.program_id(0)
-    head = program % heads
-    program = program // heads
-    column = program % columns
-    program = program // columns
-    return program // rows, head, column, program % rows
+    return program // heads // shares, program % heads, program // heads % shares
+
+
+@triton.jit
+def tile_origin(tile, height, TILE: tl.constexpr):
+    """Where a tile begins, (y, x); tiles follow each other downwards, so that rows are in cache."""
+    down = tl.cdiv(height, TILE[0])
+    return tile % down * TILE[0], tile // down * TILE[1]
+
+
+@triton.jit
+def next_tile(y, x, height, TILE: tl.constexpr):
+    """`tile_origin` of the tile after that at (y, x)."""
+    y += TILE[0]
+    return tl.where(y < height, y, 0), tl.where(y < height, x, x + TILE[1])
 
 
 @triton.jit
@@ -136,8 +146,7 @@ def forward_kernel(
     output, logsumexp,  # results: a view, and a contiguous tensor
     height, width, heads,
     pooled, padded,  # pooled keys, without and with padding
-    columns, rows,  # columns of tiles on the map: side by side, one above the other
-    walk,  # tiles of a column
+    shares, walk,  # of the map's tiles; tiles of a share
     scale,  # positive
     GROUP: tl.constexpr,  # query heads per key head
     K: tl.constexpr,  # side of the window
@@ -148,7 +157,7 @@ def forward_kernel(
 ):  # fmt: skip
     BLOCK: tl.constexpr = TILE[0] * TILE[1]
     STEPS: tl.constexpr = ((TILE[0] + K - 1) * (TILE[1] + K - 1) + BLOCK_W - 1) // BLOCK_W
-    batch, head, column, row = column_of_program(columns, rows, heads)
+    batch, head, share = share_of_program(shares, heads)
     first = batch.to(tl.int64) * (height * width)
     pooled_first = batch.to(tl.int64) * pooled
     # What all tiles need stays in registers and in shared memory, if it fits.
@@ -158,9 +167,8 @@ def forward_kernel(
         pooled_key, pooled_value, pooled_first, head // GROUP, first_far, first_far < pooled,
         D, VALUE_D, BLOCK_D, BLOCK_VALUE_D, LARGE, ALIGN,
     )  # fmt: skip
-    for index in range(walk):
-        y = (row * walk + index) * TILE[0]
-        x = column * TILE[1]
+    y, x = tile_origin(share * walk, height, TILE)
+    for _ in range(walk):
         token, exists = tile_tokens(y, x, height, width, TILE)
         q = load_vectors(query, first, head, token, exists, D, BLOCK_D, LARGE, ALIGN)
         maximum = tl.full([BLOCK], -1e30, tl.float32)  # finite: no inf - inf
@@ -215,3 +223,4 @@ def forward_kernel(
             VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN,
         )  # fmt: skip
         store_numbers(logsumexp, first, heads, head, token, exists, maximum + tl.log2(total), LARGE)
+        y, x = next_tile(y, x, height, TILE)

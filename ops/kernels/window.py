@@ -34,18 +34,19 @@ LONGEST_WALK = 32
 
 # (kernel, element size) -> by padded head_dim: num_warps for a tile of 64 tokens, of which smaller
 # ones have fewer, num_stages and, where the assembler would else spill a few registers,
-# max_registers. As in `tiles.py`, read off ahead-of-time compilation.
+# max_registers. In three stages the next window is loaded during a whole step; in two its loads
+# begin when the step is over. As in `tiles.py`, read off ahead-of-time compilation.
 _SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
-    ("forward", 2): {32: (4, 2), 64: (4, 2), 128: (4, 1)},
+    ("forward", 2): {32: (4, 3), 64: (4, 3), 128: (4, 1)},
     ("forward", 4): {32: (8, 1)},
-    ("backward", 2): {32: (4, 2), 64: (8, 2)},
+    ("backward", 2): {32: (4, 3), 64: (8, 3)},
     ("backward", 4): {32: (8, 1, 255)},
 }
-# Before compute capability 9.0 operands of matrix products need registers, which is why the next
-# window cannot be loaded ahead.
+# Before compute capability 9.0 operands of products need registers: too many for the backward to
+# load the next window meanwhile.
 _SIZES_BEFORE_90 = {
     **_SIZES,
-    ("forward", 2): {**_SIZES["forward", 2], 32: (4, 2, 168)},
+    ("forward", 2): {**_SIZES["forward", 2], 32: (4, 3, 168)},
     ("backward", 2): {32: (4, 1)},
 }
 
@@ -263,7 +264,7 @@ def backward(
         LARGE=large(query, key, value, grad_output, *grads),
         **arguments,
     )
-    if partial_sums is None:
+    if bias is None or partial_sums is None:
         return *grads, query.new_empty(0)
     return *grads, _grad_bias(partial_sums, bias, windows)
 

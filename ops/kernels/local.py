@@ -1,5 +1,6 @@
 """Launches the kernels of local attention: maps of one to three dimensions to one source.
 
+Windows that fit one tile have kernels of their own, which `vitarium.ops.kernels.window` launches.
 A map of lower rank gets leading axes of length 1. The kernels take a positive scale; a negative or
 zero one is moved into the query. Arguments are those that the public functions have checked.
 """

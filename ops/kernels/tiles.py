@@ -80,7 +80,7 @@ _SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
         256: (16, 16, 8, 1),
     },
 }
-# What window attention has otherwise: tiles of queries that hold a window of 7, and no spills.
+# What window attention has otherwise: tiles of queries that hold a window of 8, and no spills.
 _BLOCK_SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
     ("forward", 2): {32: (64, 32, 4, 2, 128)},
     ("query", 2): {256: (32, 32, 8, 1, 255)},

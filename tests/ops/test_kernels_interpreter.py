@@ -17,6 +17,8 @@ PARTS = [
     ("test_kernels.py", ""),
     ("test_kernels_window.py", ""),
     ("test_bilevel_routing.py", ""),
+    ("test_aggregated_kernels.py", ""),
+    ("test_bilevel_kernels.py", ""),
     ("test_attention.py", ""),
     ("test_mixture_of_head.py", ""),
     *(("test_operators.py", f"{name}-") for name in OPERATORS),

@@ -26,11 +26,11 @@ from vitarium.ops.windows import Block, Pattern
 
 AXES = 2
 LARGEST_TILE = 64  # tokens
-# A program walks over as many windows as leave this many programs: enough for the multiprocessors,
-# few enough for the bias and the mask to be worth it. Constants, so that results do not depend on
-# a device.
+# A program walks over as many windows as leave this many programs, or half as many where walks are
+# short: enough for the multiprocessors, few enough for the bias and the mask to be worth it.
+# Constants, so that results do not depend on a device.
 PROGRAMS = {"forward": 1024, "backward": 512}
-LONGEST_WALK = 32
+SHORT_WALK, LONGEST_WALK = 4, 32
 
 # (kernel, element size) -> by padded head_dim: num_warps for a tile of 64 tokens, of which smaller
 # ones have fewer, num_stages and, where the assembler would else spill a few registers,
@@ -142,7 +142,8 @@ def _geometry(
     lengths = _two(spatial, 1)
     (tiles_y, first_row, rows, wrap_y), (tiles_x, _, _, wrap_x) = map(_axis, lengths, axes)
     places = heads * tiles_x * axes[0].dilation * axes[1].dilation
-    steps = places * tiles_y * batch // PROGRAMS[kernel]
+    total = places * tiles_y * batch
+    steps = max(total // PROGRAMS[kernel], min(2 * total // PROGRAMS[kernel], SHORT_WALK))
     steps = max(1, min(steps, LONGEST_WALK))
     if dense and rows * axes[0].window_size == lengths[0]:  # images are rows of one large image
         tiles_y, rows, batch = tiles_y * batch, rows * batch, 1

@@ -105,6 +105,7 @@ def _sizes(
     return tokens, step, min(keys, _block(pooled)), options
 
 
+@functools.cache
 def _block(pooled: int) -> int:
     """The largest block of pooled keys, which all others divide."""
     return min(64, max(16, triton.next_power_of_2(pooled)))
@@ -188,23 +189,24 @@ def _arguments(
     scale: float,
     **maps: Tensor,
 ) -> dict[str, Any]:
-    """Arguments that are the same for all kernels that take them; of these `_launch` sees to it.
+    """Arguments that are the same for all kernels; `_launch` passes those that a kernel takes.
 
     Args:
         maps: further maps, by name.
     """
     qkv = {"query": query, "key": key, "value": value}
     pooled = {"pooled_key": pooled_key, "pooled_value": pooled_value}
+    padded = None if pooled_bias is None else _padded(pooled_bias, scale)
     found = {
         **views(widths(query, value), **qkv, **pooled, **maps),
         **_weights(window_weights),
         "bias": None if bias is None else bias.contiguous(),
-        "pooled_bias": None if pooled_bias is None else _padded(pooled_bias, scale),
+        "pooled_bias": padded,
         "height": query.shape[1],
         "width": query.shape[2],
         "heads": query.shape[-2],
         "pooled": pooled_key.shape[1],
-        "padded": pooled_key.shape[1] + -pooled_key.shape[1] % _block(pooled_key.shape[1]),
+        "padded": None if padded is None else padded.shape[-1],
         "scale": scale,
         "K": window_size,
         "GROUP": query.shape[-2] // key.shape[-2],

@@ -61,9 +61,10 @@ def widths(query: Tensor, value: Tensor) -> dict[str, Any]:
     return {
         "D": head_dim,
         "VALUE_D": value_dim,
-        # Matrix products of less than 16 do not exist.
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_VALUE_D": max(16, triton.next_power_of_2(value_dim)),
+        # The next powers of two; matrix products of less than 16 do not exist. (Triton's function
+        # for this takes a good part of a launch.)
+        "BLOCK_D": max(16, 1 << (head_dim - 1).bit_length()),
+        "BLOCK_VALUE_D": max(16, 1 << (value_dim - 1).bit_length()),
         # Not `allow_tf32`: reading that raises once a program has set `fp32_precision`.
         "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         "UPCAST": TRITON_INTERPRET and query.dtype == torch.bfloat16,

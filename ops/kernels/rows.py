@@ -7,6 +7,7 @@ map `(B, *spatial, heads, channels)` as a triple, a view: tensor, stride of toke
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -19,26 +20,47 @@ LARGEST_OFFSET = 1 << 31  # that 32 bits do not hold
 View = tuple[Tensor, int, int]
 
 
+@functools.lru_cache(maxsize=4096)
+def distances(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int] | None:
+    """Strides of tokens and of heads; None if two do not address the map, or channels lie apart."""
+    *sizes, heads, channels = shape
+    token = step = None
+    for size, stride in zip(reversed(sizes), reversed(strides[:-2])):
+        if size == 1:
+            continue
+        if step is not None and stride != step:
+            return None
+        token = stride if token is None else token
+        step = stride * size
+    if strides[-1] != 1 and channels != 1:
+        return None
+    return heads * channels if token is None else token, strides[-2]
+
+
 def view(tensor: Tensor) -> View:
     """The view of a map.
 
     Maps whose channels do not lie next to each other, or whose tokens not at equal distances, are
     copied: reading these in place costs a GPU more than the copy.
     """
-    *sizes, heads, channels = tensor.shape
-    *strides, head, channel = tensor.stride()
-    token = step = None
-    for size, stride in zip(reversed(sizes), reversed(strides)):
-        if size == 1:
-            continue
-        if step is not None and stride != step:
-            break
-        token = stride if token is None else token
-        step = stride * size
-    else:
-        if channel == 1 or channels == 1:
-            return tensor, heads * channels if token is None else token, head
+    found = distances(tensor.shape, tensor.stride())
+    if found is not None:
+        return tensor, *found
+    heads, channels = tensor.shape[-2:]
     return tensor.contiguous(), heads * channels, channels
+
+
+@functools.lru_cache(maxsize=4096)
+def _told(
+    head_dim: int, value_dim: int, maps: tuple[tuple[tuple[int, ...], int, int], ...]
+) -> tuple[int, bool]:
+    """ALIGN and LARGE for maps of these shapes and strides of tokens and heads."""
+    align, most = math.gcd(16, head_dim, value_dim), 0
+    for shape, token, head in maps:
+        align = math.gcd(align, token, head)
+        width = shape[-2] * max(head_dim, value_dim)
+        most = max(most, math.prod(shape[1:-2]) * max(token, width))
+    return align, most >= LARGEST_OFFSET
 
 
 def views(widths: dict[str, Any], **maps: Tensor) -> dict[str, Any]:
@@ -47,12 +69,9 @@ def views(widths: dict[str, Any], **maps: Tensor) -> dict[str, Any]:
     These hold for contiguous results of the same widths and numbers of tokens and heads, too.
     """
     found: dict[str, Any] = {name: view(tensor) for name, tensor in maps.items()}
-    align, most = math.gcd(16, widths["D"], widths["VALUE_D"]), 0
-    for tensor, token, head in found.values():
-        align = math.gcd(align, token, head)
-        width = tensor.shape[-2] * max(widths["D"], widths["VALUE_D"])
-        most = max(most, math.prod(tensor.shape[1:-2]) * max(token, width))
-    return {**widths, **found, "ALIGN": align, "LARGE": most >= LARGEST_OFFSET}
+    shapes = tuple((tensor.shape, token, head) for tensor, token, head in found.values())
+    align, large = _told(widths["D"], widths["VALUE_D"], shapes)
+    return {**widths, **found, "ALIGN": align, "LARGE": large}
 
 
 @triton.jit

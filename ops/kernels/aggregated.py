@@ -28,7 +28,7 @@ SMALLEST_SCALE = 1e-3  # by which biases are divided
 _TILES = {16: (4, 4), 32: (4, 8), 64: (8, 8)}
 
 # (kernel, element size) -> by padded head_dim: tokens of a tile, those around it of a step, pooled
-# keys of a block, num_warps, num_stages. Read off ahead-of-time compilation (`sheet.py`) for
+# keys of a block (if the kernel has them), num_warps, num_stages. Read off ahead-of-time compilation (`sheet.py`) for
 # compute capability 8.0, 9.0 and 10.0: the fewest instructions without register spills.
 _SIZES: dict[tuple[str, int], dict[int, tuple[int, int, int, int, int]]] = {
     ("forward", 2): {
@@ -211,9 +211,12 @@ def _arguments(
         "K": window_size,
         "GROUP": query.shape[-2] // key.shape[-2],
     }
+    tokens = query.shape[1] * query.shape[2]
     if window_weights is not None:
-        last = query.shape[1] * query.shape[2] * found["weights_token"]
-        found["LARGE"] |= last + window_size**2 * found["weights_place"] >= LARGEST_OFFSET
+        last = tokens * found["weights_token"] + window_size**2 * found["weights_place"]
+        found["LARGE"] |= last >= LARGEST_OFFSET
+    if padded is not None:
+        found["LARGE"] |= tokens * padded.shape[-1] >= LARGEST_OFFSET
     return found
 
 

@@ -305,9 +305,6 @@ _OPERATION = Differentiable(
 )
 
 
-MOST_WEIGHTED = 128  # entries of a row whose weights' gradients a kernel holds
-
-
 _IMPLEMENTATIONS = _OPERATION.implementations(
     reference=_reference, plain=_reference, refuses=dispatch.triton_refuses
 )

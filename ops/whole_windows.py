@@ -25,7 +25,7 @@ from vitarium.ops.softmax import Softmax
 from vitarium.ops.tiles import Axis
 from vitarium.ops.workspace import Workspace
 
-LARGEST = 200  # keys of a window; beyond, weights would outweigh all else that a backward wants
+LARGEST = 200  # keys of a window; beyond, weights are computed again rather than kept
 SHORT = 28  # bytes of one channel in a row of a window, below which tokens move as wholes
 CHUNK = 1 << 22  # bytes in float32 of what a piece of work on a CPU touches
 

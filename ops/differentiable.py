@@ -128,7 +128,9 @@ class Differentiable:
 
     def direct(self, args: Sequence[Any]) -> bool:
         """Whether the way past the custom operator may be taken: nobody would see it."""
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        if torch._C._len_torch_dispatch_stack():
             return False
         tensors = [tensor for tensor in args[: self.count] if tensor is not None]
         return all(type(t) in ORDINARY and t.device.type != "meta" for t in tensors)

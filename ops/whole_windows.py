@@ -126,11 +126,10 @@ def _attend(
                 )
             )
         shape = (q.shape[0], q.shape[1], k.shape[1])
-        out = None if kept is None else query.new_empty(shape)
         table = additive.of(chunk.heads, band)
-        weights, sums = softmax.weights(q, k, scale, table, chunk.pairs, out)
+        weights, _ = softmax.weights(q, k, scale, table, chunk.pairs, take("weights", shape))
         tiles = torch.bmm(weights, v, out=work.take("output", v.shape, v.dtype))
-        _scatter(tiles, chunk.of(output), axes, band, sums)
+        _scatter(tiles, chunk.of(output), axes, band)
         if kept is not None:
             kept += (q, k, v, weights)
     work.close()
@@ -235,15 +234,9 @@ def _gathered_together(x: Tensor, axes: Axes, band: Band, work: Workspace, take:
     return take("tokens", found.shape).copy_(found)
 
 
-def _scatter(tiles: Tensor, x: Tensor, axes: Axes, band: Band, sums: Tensor | None = None) -> None:
-    """Write windows, divided by `sums`, to where `_gathered` takes them from."""
-    shape, parts = _geometry(x.shape, x.stride(), axes, band)
-    if sums is not None and len(parts) == 1:
-        target = parts[0].of_map(x)
-        torch.div(tiles.view(shape), sums.view(*shape[:-1], 1), out=target)
-        return
-    if sums is not None:
-        tiles = tiles.div_(sums)
+def _scatter(tiles: Tensor, x: Tensor, axes: Axes, band: Band) -> None:
+    """Write windows to where `_gathered` takes them from."""
+    _, parts = _geometry(x.shape, x.stride(), axes, band)
     for part in parts:
         part.of_map(x).copy_(part.of_tiles(tiles))
 

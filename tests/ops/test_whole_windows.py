@@ -133,3 +133,15 @@ def test_gradients_of_a_projection(together: bool) -> None:
     (first,) = torch.autograd.grad((q * k * v).sum(), x, create_graph=True)
     (expected,) = torch.autograd.grad(first.square().sum(), weight)
     torch.testing.assert_close(second, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_output_does_not_depend_on_who_follows(dtype: torch.dtype) -> None:
+    """To the last bit the same with and without a backward to come."""
+    qkv = torch.randn(2, 14, 14, 3, 2, 16, dtype=dtype, requires_grad=True)
+    bias = torch.randn(2, 13, 13, dtype=dtype)
+    for shift in (0, 3):
+        output = window_attention(*qkv.unbind(3), 7, shift=shift, bias=bias)
+        with torch.no_grad():
+            plain = window_attention(*qkv.unbind(3), 7, shift=shift, bias=bias)
+        assert output.requires_grad and torch.equal(output, plain)

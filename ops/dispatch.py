@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 if TYPE_CHECKING:
@@ -168,12 +169,15 @@ def exporting() -> bool:
 
 
 def plain_aten() -> bool:
-    """True where an opaque operator will not do: in an exporter or under a function transform."""
+    """True where an opaque operator will not do.
+
+    That is in an exporter, under a function transform and in forward-mode differentiation.
+    """
     if exporting():
         return True
     if torch.compiler.is_compiling():
         return False
-    return torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def choose(

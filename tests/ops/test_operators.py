@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitarium.ops import OPERATORS, Case, backend, dispatch
@@ -250,6 +251,22 @@ def test_function_transforms(operator: Operator, case: Case, name: str) -> None:
     leaf = tensors[0][0].clone().requires_grad_()
     call(leaf, *(t[0] for t in tensors[1:])).square().sum().backward()
     torch.testing.assert_close(grad, leaf.grad)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="forward mode takes the portable path")
+@pytest.mark.parametrize(("operator", "case", "name"), FIRST_CALLS)
+def test_forward_mode(operator: Operator, case: Case, name: str) -> None:
+    tensors = draw(case)
+    first = next(iter(tensors))
+    tangent = torch.randn_like(tensors[first])
+    found = []
+    for chosen in ("torch", "reference"):
+        with forward_ad.dual_level():
+            dual = {**tensors, first: forward_ad.make_dual(tensors[first], tangent)}
+            output = operator.function(**dual, **case.kwargs, backend=chosen)
+            found.append(forward_ad.unpack_dual(output).tangent)
+    assert found[1].any()
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="not about kernels")

@@ -75,8 +75,10 @@ def patterns_table() -> str:
     rows = []
     for name, operator in sorted(OPERATORS.items()):
         causal = "is_causal" in inspect.signature(operator.function).parameters
-        causal_cross = operator.context if causal else "no"
-        rows.append((f"`{name}`", "yes", "yes" if causal else "no", operator.context, causal_cross))
+        context = operator.context or "no"
+        rows.append(
+            (f"`{name}`", "yes", "yes" if causal else "no", context, context if causal else "no")
+        )
     return _markdown(PATTERN_COLUMNS, rows) + (
         "\n\nCross attention: keys and values come from other tokens than the queries, on a map of "
         "equal\nsize or of any. Causal: by `is_causal`, in the order of tokens or along the axes."

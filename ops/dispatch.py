@@ -86,7 +86,7 @@ class Operator:
         launches: calls that together reach every launch configuration of its kernels; no value of
             a tensor may matter.
         context: which keys a query may come from elsewhere to meet (cross attention): "any size",
-            or "same size" as the map of the queries.
+            "same size" as the map of the queries, or None where there is no cross attention.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Operator:
     cases: Sequence[Case]
     operation: Differentiable | None = None
     launches: Sequence[Case] = ()
-    context: str = "same size"
+    context: str | None = "same size"
 
     def __post_init__(self) -> None:
         if self.name in OPERATORS:

@@ -18,6 +18,7 @@ from vitarium.ops.dense_mixers import (
     SingleHeadAttention,
 )
 from vitarium.ops.dispatch import BACKENDS, OPERATORS, Case, backend
+from vitarium.ops.grouped_query import GroupedQueryAttention, KeyDrivenGroupedQueryAttention
 from vitarium.ops.halo import HaloAttention, OverlappingCrossAttention
 from vitarium.ops.mixer import MIXERS, Mixer, build_mixer, qkv_heads
 from vitarium.ops.mixture_of_head import HeadRouter, mixture_of_head_attention
@@ -43,8 +44,10 @@ __all__ = [
     "DynamicPositionBias",
     "GlobalAttention",
     "GridAttention",
+    "GroupedQueryAttention",
     "HaloAttention",
     "HeadRouter",
+    "KeyDrivenGroupedQueryAttention",
     "LengthScaledCosineAttention",
     "LongShortDistanceAttention",
     "Mixer",

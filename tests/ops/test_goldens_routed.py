@@ -1,0 +1,68 @@
+"""Grouped, routed and re-weighting mixers give the outputs of the official code."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vitarium.ops import backend, build_mixer
+
+FOLDER = Path(__file__).parents[1] / "data" / "parity" / "ops"
+
+
+def _goldens(*kinds):
+    paths = (path for kind in kinds for path in sorted(FOLDER.glob(f"{kind}*.json.xz")))
+    return [pytest.param(path, id=path.name.split(".")[0]) for path in paths]
+
+
+GROUPED = _goldens("gqa", "kdgqa", "dgqa")
+
+
+def _draw(*shapes):
+    """Standard normal tensors, one after the other from one generator."""
+    generator = np.random.Generator(np.random.PCG64(0))
+    return [torch.from_numpy(generator.standard_normal(shape)) for shape in shapes]
+
+
+def _close(found, want, shape=None):
+    want = torch.tensor(want, dtype=torch.float64).reshape(shape or found.shape)
+    torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-9 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("implementation", ["reference", "torch"])
+@pytest.mark.parametrize("path", GROUPED)
+@torch.no_grad()
+def test_grouped_query_attention(path, implementation, parity):
+    """Key-driven allocation of the batch at hand, and the same frozen."""
+    golden = parity.load(path)
+    arguments = dict(golden["constructor"])
+    if isinstance(arguments.get("num_kv_heads"), str):  # "None -> 4"
+        arguments["num_kv_heads"] = None
+    kind = {"GQA": None, "KDGQA": "key", "DGQA": arguments.get("kind", "diff")}[golden["op"]]
+    name = "grouped_query"
+    if kind is not None:
+        name = "key_driven_grouped_query"
+        arguments |= {"kind": kind, "dynamic": True}
+    mixer = build_mixer((name, arguments), arguments.pop("dim"), dtype=torch.float64).eval()
+    weights = parity.state_dict(golden["state_dict"])
+    if "cache" in weights:
+        weights["cache"].zero_()
+    mixer.load_state_dict(weights, strict=True)
+    (x,) = _draw(golden["input"]["x"]["shape"])
+    x = x[:, :, None]
+    with backend(implementation):
+        _close(mixer(x), golden["output"]["data"])
+    if kind is None:
+        return
+    if "intermediate_cache_after" in golden:
+        _close(mixer.cache, golden["intermediate_cache_after"])
+        mixer.cache.zero_()
+    assert mixer.calibrate(x).tolist() == golden["intermediate_q_allocations"]
+    mixer.dynamic = False
+    with backend(implementation):
+        _close(mixer(x), golden["output"]["data"])
+
+
+def test_every_kind_has_goldens():
+    assert len(GROUPED) >= 4

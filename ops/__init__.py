@@ -20,6 +20,7 @@ from vitarium.ops.dense_mixers import (
 from vitarium.ops.dispatch import BACKENDS, OPERATORS, Case, backend
 from vitarium.ops.grouped_query import GroupedQueryAttention, KeyDrivenGroupedQueryAttention
 from vitarium.ops.halo import HaloAttention, OverlappingCrossAttention
+from vitarium.ops.hilo import HiLoAttention
 from vitarium.ops.mixer import MIXERS, Mixer, build_mixer, qkv_heads
 from vitarium.ops.mixture_of_head import HeadRouter, mixture_of_head_attention
 from vitarium.ops.multi_axis import MultiAxisAttention
@@ -47,6 +48,7 @@ __all__ = [
     "GroupedQueryAttention",
     "HaloAttention",
     "HeadRouter",
+    "HiLoAttention",
     "KeyDrivenGroupedQueryAttention",
     "LengthScaledCosineAttention",
     "LongShortDistanceAttention",

@@ -138,6 +138,17 @@ class Mixer(nn.Module):
             self(x)
         wanted = x.new_zeros(x.shape[0], 1, height, width)
         wanted[:, :, row, column] = 1
+        return self._followed(calls, wanted)
+
+    def _followed(self, calls: Sequence[dispatch.Call], wanted: Tensor) -> Tensor:
+        """Weights on the positions of the map, `(B, num_heads, H, W)`, of all operator calls.
+
+        Each call is taken to attend to what the one before it gave.
+
+        Args:
+            calls: of a forward, in order.
+            wanted: `(B, 1, H, W)`, how much of each position of the output is asked for.
+        """
         for call in reversed(calls):
             weights = self._weights(call, wanted)
             wanted = weights.mean(1, keepdim=True)
@@ -150,6 +161,21 @@ class Mixer(nn.Module):
             call: of an operator with query, key and value as its first arguments.
             wanted: `(B, 1, H, W)`, how much of each position of the output is asked for.
         """
+        size, places = wanted.shape[-2:], call.args[0].shape[1:-2]
+        weights = self._key_weights(call, wanted)
+        if len(places) == 2:
+            border = [(k - q) // 2 for k, q in zip(weights.shape[1:3], places)]  # explicit keys
+            weights = _resized(weights[:, border[0] :, border[1] :], size)
+        else:
+            weights = weights.unflatten(1, size)
+        return weights.movedim(-1, 1)
+
+    @staticmethod
+    def _key_weights(call: dispatch.Call, wanted: Tensor) -> Tensor:
+        """Weights on the keys of one operator call, `(B, *spatial_kv, num_heads)`.
+
+        The arguments are those of `_weights`.
+        """
         query, key, value, *rest = call.args
         group = query.shape[-2] // key.shape[-2]
         with torch.enable_grad():
@@ -157,18 +183,12 @@ class Mixer(nn.Module):
             value = torch.ones_like(value[..., :1]).repeat_interleave(group, -2).requires_grad_()
             key = key.repeat_interleave(group, -2)
             output = call.implementations["reference"].run(query, key, value, *rest)
-        places, size = output.shape[1:-2], wanted.shape[-2:]
+        places = output.shape[1:-2]
         wanted = wanted.movedim(1, -1)
         # Maps are padded at the bottom and right; a row of tokens is a map without its shape.
         wanted = _resized(wanted, places) if len(places) == 2 else wanted.flatten(1, 2)
         (weights,) = torch.autograd.grad(output, value, wanted[..., None].expand_as(output))
-        weights = weights[..., 0]
-        if len(places) == 2:
-            border = [(k - q) // 2 for k, q in zip(weights.shape[1:3], places)]  # explicit keys
-            weights = _resized(weights[:, border[0] :, border[1] :], size)
-        else:
-            weights = weights.unflatten(1, size)
-        return weights.movedim(-1, 1)
+        return weights[..., 0]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for key in [key for key in state_dict if key.startswith(prefix)]:

@@ -46,7 +46,13 @@ def models_table() -> str:
 def mixers_table() -> str:
     """One row per mixer."""
     rows = [
-        (f"`{name}`", f"`{operator}`", backends, context, _ARXIV.sub(_LINK, paper))
+        (
+            f"`{name}`",
+            f"`{operator}`" if operator else "ordinary operations",
+            backends,
+            context,
+            _ARXIV.sub(_LINK, paper),
+        )
         for name, operator, backends, context, paper in mixer_rows()
     ]
     present = [b for b in _BACKENDS if any(b in o.implementations for o in OPERATORS.values())]
@@ -62,7 +68,7 @@ def mixer_rows() -> list[tuple[str, ...]]:
         (
             name,
             mixer.operator,
-            ", ".join(OPERATORS[mixer.operator].implementations),
+            ", ".join(OPERATORS[mixer.operator].implementations if mixer.operator else ["torch"]),
             OPERATORS[mixer.operator].context if mixer.cross else "no",
             mixer.paper,
         )

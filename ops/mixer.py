@@ -37,7 +37,8 @@ class Mixer(nn.Module):
 
     Class attributes:
         paper: title and arXiv number of the source.
-        operator: name of the operator in `vitarium.ops.OPERATORS` that does the work.
+        operator: name of the operator in `vitarium.ops.OPERATORS` that does the work; empty where
+            ordinary operations do, and the mixer defines `_attention_map`.
         examples: constructor arguments that tests and tables try, each with a `dim`.
         cross: whether keys and values may come from a second map, `mix(x, context)`.
         routed: whether tokens choose what they attend to, so that rounding can change the choice.
@@ -134,9 +135,13 @@ class Mixer(nn.Module):
         row, column = query
         if not (0 <= row < height and 0 <= column < width):
             raise ValueError(f"query={tuple(query)} is outside the map ({height}, {width})")
+        return self._attention_map(x, row, column)
+
+    def _attention_map(self, x: Tensor, row: int, column: int) -> Tensor:
+        """What `attention_map` returns, followed through the operator calls of a forward."""
         with dispatch.recording() as calls:
             self(x)
-        wanted = x.new_zeros(x.shape[0], 1, height, width)
+        wanted = x.new_zeros(x.shape[0], 1, *x.shape[1:3])
         wanted[:, :, row, column] = 1
         return self._followed(calls, wanted)
 

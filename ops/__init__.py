@@ -18,9 +18,11 @@ from vitarium.ops.dense_mixers import (
     SingleHeadAttention,
 )
 from vitarium.ops.dispatch import BACKENDS, OPERATORS, Case, backend
+from vitarium.ops.gaussian_adaptive import GaussianAdaptiveAttention, GaussianBlock
 from vitarium.ops.grouped_query import GroupedQueryAttention, KeyDrivenGroupedQueryAttention
 from vitarium.ops.halo import HaloAttention, OverlappingCrossAttention
 from vitarium.ops.hilo import HiLoAttention
+from vitarium.ops.linear import linear_attention
 from vitarium.ops.mixer import MIXERS, Mixer, build_mixer, qkv_heads
 from vitarium.ops.mixture_of_head import HeadRouter, mixture_of_head_attention
 from vitarium.ops.multi_axis import MultiAxisAttention
@@ -29,6 +31,8 @@ from vitarium.ops.neighborhood import (
     NeighborhoodAttention,
     neighborhood_attention,
 )
+from vitarium.ops.outlook import OutlookAttention, outlook_attention
+from vitarium.ops.ulsam import SubspaceAttention
 from vitarium.ops.window import window_attention
 from vitarium.ops.window_mixers import GridAttention, WindowAttention
 
@@ -43,6 +47,8 @@ __all__ = [
     "BiLevelRoutingAttentionNCHW",
     "Case",
     "DynamicPositionBias",
+    "GaussianAdaptiveAttention",
+    "GaussianBlock",
     "GlobalAttention",
     "GridAttention",
     "GroupedQueryAttention",
@@ -58,16 +64,20 @@ __all__ = [
     "MultiAxisAttention",
     "MultiHeadAttention",
     "NeighborhoodAttention",
+    "OutlookAttention",
     "OverlappingCrossAttention",
     "SingleHeadAttention",
+    "SubspaceAttention",
     "WindowAttention",
     "aggregated_attention",
     "attention",
     "backend",
     "bilevel_routing_attention",
     "build_mixer",
+    "linear_attention",
     "mixture_of_head_attention",
     "neighborhood_attention",
+    "outlook_attention",
     "qkv_heads",
     "route",
     "window_attention",

@@ -1,0 +1,73 @@
+"""Mixers of timm's families give what timm's modules give, with their weights, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from timm.models.volo import OutlookAttention as TimmOutlookAttention
+from torch import Tensor, nn
+
+from vitarium.ops import Mixer, OutlookAttention
+
+
+def _random(module: Any) -> Any:
+    """The module in float64 with weights that leave no parameter without effect."""
+    generator = torch.Generator().manual_seed(0)
+    module = module.double().eval()
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point():
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            noise = noise / max(1, tensor[0].numel()) ** 0.5 + (tensor.dim() == 1)
+            tensor.copy_(noise.abs() + 0.1 if name.endswith("running_var") else noise)
+    return module
+
+
+def _map(*size: int) -> Tensor:
+    return torch.randn(2, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def _assert_same(
+    mixer: Mixer, state: nn.Module, theirs: Callable[[Tensor], Tensor], x: Tensor
+) -> None:
+    """Output, gradients of the input and of every parameter; the state dict loads as it is."""
+    mixer = mixer.double().train(state.training)
+    mixer.load_state_dict(state.state_dict(), strict=True)
+    ours, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    output, expected = mixer(ours), theirs(other)
+    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).double()
+    for module, result in ((mixer, output), (state, expected)):
+        module.zero_grad()
+        result.backward(grad)
+    torch.testing.assert_close(ours.grad, other.grad, rtol=1e-8, atol=1e-8)
+    # Gradients by name, as a state dict: what loads the weights loads them, too.
+    wanted = {name: tensor.clone() for name, tensor in state.state_dict().items()}
+    wanted.update({name: p.grad for name, p in state.named_parameters()})
+    found = {name: p.grad.clone() for name, p in mixer.named_parameters()}
+    mixer.load_state_dict(wanted, strict=True)
+    for name, parameter in mixer.named_parameters():
+        torch.testing.assert_close(found[name], parameter.data, rtol=1e-8, atol=1e-8)
+
+
+def _channels_last(module: Any) -> Callable[[Tensor], Tensor]:
+    return lambda x: module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (1, 3)], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_heads": 3, "stride": 2},
+        {"num_heads": 2, "qkv_bias": True},
+        {"num_heads": 1, "kernel_size": 5, "padding": 2, "stride": 2},
+        {"num_heads": 2, "kernel_size": 5, "padding": 2, "stride": 3},
+        {"num_heads": 2, "kernel_size": 1, "padding": 0},
+    ],
+    ids=str,
+)
+def test_outlook(arguments: dict[str, Any], size: tuple[int, int]) -> None:
+    theirs = _random(TimmOutlookAttention(24, **arguments))
+    _assert_same(OutlookAttention(24, **arguments), theirs, theirs, _map(*size, 24))

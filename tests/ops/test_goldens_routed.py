@@ -17,6 +17,8 @@ def _goldens(*kinds):
 
 
 GROUPED = _goldens("gqa", "kdgqa", "dgqa")
+SUBSPACE = _goldens("ulsam")
+GAUSSIAN = _goldens("gaam")
 
 
 def _draw(*shapes):
@@ -64,5 +66,32 @@ def test_grouped_query_attention(path, implementation, parity):
         _close(mixer(x), golden["output"]["data"])
 
 
+@pytest.mark.parametrize("path", SUBSPACE)
+@torch.no_grad()
+def test_subspace_attention(path, parity):
+    golden = parity.load(path)
+    arguments = golden["constructor"]
+    mixer = build_mixer(
+        ("ulsam", {"num_splits": arguments["num_splits"]}), arguments["nin"], dtype=torch.float64
+    )
+    mixer.load_state_dict(parity.state_dict(golden["state_dict"]), strict=True)
+    (x,) = _draw(golden["input"]["x"]["shape"])
+    output = mixer.eval()(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    _close(output, golden["output"]["data"])
+
+
+@pytest.mark.parametrize("path", GAUSSIAN)
+@torch.no_grad()
+def test_gaussian_adaptive_attention(path, parity):
+    golden = parity.load(path)
+    (x,) = _draw(golden["input"]["x"]["shape"])
+    name = "gaussian_block" if golden["op"] == "GaussianBlock" else "gaussian_adaptive"
+    mixer = build_mixer((name, golden["constructor"]), x.shape[-1], dtype=torch.float64)
+    mixer.load_state_dict(parity.state_dict(golden["state_dict"]), strict=True)
+    _close(mixer.eval()(x[:, :, None]), golden["output"]["data"])
+
+
 def test_every_kind_has_goldens():
     assert len(GROUPED) >= 4
+    assert SUBSPACE
+    assert len(GAUSSIAN) >= 3

@@ -9,6 +9,7 @@ from vitarium.ops.bilevel_mixers import (
     BiLevelRoutingAttentionNCHW,
 )
 from vitarium.ops.bilevel_routing import bilevel_routing_attention, route
+from vitarium.ops.causal_linear import causal_linear_attention, causal_linear_step
 from vitarium.ops.crossformer import DynamicPositionBias, LongShortDistanceAttention
 from vitarium.ops.dense_mixers import (
     LengthScaledCosineAttention,
@@ -18,10 +19,13 @@ from vitarium.ops.dense_mixers import (
     SingleHeadAttention,
 )
 from vitarium.ops.dispatch import BACKENDS, OPERATORS, Case, backend
+from vitarium.ops.flow_causal import FlowAttentionCausal, flow_attention_causal
+from vitarium.ops.focal import FocalModulation
 from vitarium.ops.gaussian_adaptive import GaussianAdaptiveAttention, GaussianBlock
 from vitarium.ops.grouped_query import GroupedQueryAttention, KeyDrivenGroupedQueryAttention
 from vitarium.ops.halo import HaloAttention, OverlappingCrossAttention
 from vitarium.ops.hilo import HiLoAttention
+from vitarium.ops.lightning import LightningAttention, SimpleRMSNorm, lightning_slopes
 from vitarium.ops.linear import linear_attention
 from vitarium.ops.mixer import MIXERS, Mixer, build_mixer, qkv_heads
 from vitarium.ops.mixture_of_head import HeadRouter, mixture_of_head_attention
@@ -32,11 +36,21 @@ from vitarium.ops.neighborhood import (
     neighborhood_attention,
 )
 from vitarium.ops.outlook import OutlookAttention, outlook_attention
+from vitarium.ops.retention import RetentionAttention, RetentionState
 from vitarium.ops.ulsam import SubspaceAttention
 from vitarium.ops.window import window_attention
 from vitarium.ops.window_mixers import GridAttention, WindowAttention
 
 __all__ = [
+    "RetentionState",
+    "RetentionAttention",
+    "lightning_slopes",
+    "SimpleRMSNorm",
+    "LightningAttention",
+    "flow_attention_causal",
+    "FlowAttentionCausal",
+    "causal_linear_step",
+    "causal_linear_attention",
     "BACKENDS",
     "MIXERS",
     "OPERATORS",
@@ -47,6 +61,7 @@ __all__ = [
     "BiLevelRoutingAttentionNCHW",
     "Case",
     "DynamicPositionBias",
+    "FocalModulation",
     "GaussianAdaptiveAttention",
     "GaussianBlock",
     "GlobalAttention",

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.focalnet import FocalModulation as TimmFocalModulation
 from timm.models.volo import OutlookAttention as TimmOutlookAttention
 from torch import Tensor, nn
 
-from vitarium.ops import Mixer, OutlookAttention
+from vitarium.ops import FocalModulation, Mixer, OutlookAttention
 
 
 def _random(module: Any) -> Any:
@@ -71,3 +72,28 @@ def _channels_last(module: Any) -> Callable[[Tensor], Tensor]:
 def test_outlook(arguments: dict[str, Any], size: tuple[int, int]) -> None:
     theirs = _random(TimmOutlookAttention(24, **arguments))
     _assert_same(OutlookAttention(24, **arguments), theirs, theirs, _map(*size, 24))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 10), (1, 3)], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"focal_window": 3, "focal_level": 2},
+        {"focal_window": 9, "focal_level": 3, "focal_factor": 4, "normalize_modulator": True},
+        {"focal_window": 5, "focal_level": 1, "bias": False, "use_post_norm": True},
+        {"focal_window": 3, "focal_level": 0, "normalize_modulator": True},
+    ],
+    ids=str,
+)
+def test_focal(arguments: dict[str, Any], size: tuple[int, int]) -> None:
+    theirs = _random(TimmFocalModulation(16, **arguments))
+    _assert_same(FocalModulation(16, **arguments), theirs, _channels_last(theirs), _map(*size, 16))
+
+
+def test_focal_map_is_a_derivative() -> None:
+    """Near levels reach as far as their kernels; the mean reaches everywhere."""
+    mixer = _random(FocalModulation(8, focal_window=3, focal_level=2))
+    maps = mixer.attention_map(_map(9, 11, 8), (4, 5))
+    assert maps.shape == (2, 3, 9, 11)
+    reach = torch.tensor([[maps[:, i].any(0)[4, 5 + d] for d in range(6)] for i in range(3)])
+    assert reach.sum(1).tolist() == [2, 4, 6]

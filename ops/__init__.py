@@ -10,6 +10,7 @@ from vitarium.ops.bilevel_mixers import (
 )
 from vitarium.ops.bilevel_routing import bilevel_routing_attention, route
 from vitarium.ops.causal_linear import causal_linear_attention, causal_linear_step
+from vitarium.ops.channel import ChannelAttention, ChannelAttentionV2, channel_attention
 from vitarium.ops.crossformer import DynamicPositionBias, LongShortDistanceAttention
 from vitarium.ops.dense_mixers import (
     LengthScaledCosineAttention,
@@ -42,15 +43,6 @@ from vitarium.ops.window import window_attention
 from vitarium.ops.window_mixers import GridAttention, WindowAttention
 
 __all__ = [
-    "RetentionState",
-    "RetentionAttention",
-    "lightning_slopes",
-    "SimpleRMSNorm",
-    "LightningAttention",
-    "flow_attention_causal",
-    "FlowAttentionCausal",
-    "causal_linear_step",
-    "causal_linear_attention",
     "BACKENDS",
     "MIXERS",
     "OPERATORS",
@@ -60,7 +52,10 @@ __all__ = [
     "BiLevelRoutingAttention",
     "BiLevelRoutingAttentionNCHW",
     "Case",
+    "ChannelAttention",
+    "ChannelAttentionV2",
     "DynamicPositionBias",
+    "FlowAttentionCausal",
     "FocalModulation",
     "GaussianAdaptiveAttention",
     "GaussianBlock",
@@ -72,6 +67,7 @@ __all__ = [
     "HiLoAttention",
     "KeyDrivenGroupedQueryAttention",
     "LengthScaledCosineAttention",
+    "LightningAttention",
     "LongShortDistanceAttention",
     "Mixer",
     "MixtureOfHeadAttention",
@@ -81,6 +77,9 @@ __all__ = [
     "NeighborhoodAttention",
     "OutlookAttention",
     "OverlappingCrossAttention",
+    "RetentionAttention",
+    "RetentionState",
+    "SimpleRMSNorm",
     "SingleHeadAttention",
     "SubspaceAttention",
     "WindowAttention",
@@ -89,6 +88,11 @@ __all__ = [
     "backend",
     "bilevel_routing_attention",
     "build_mixer",
+    "causal_linear_attention",
+    "causal_linear_step",
+    "channel_attention",
+    "flow_attention_causal",
+    "lightning_slopes",
     "linear_attention",
     "mixture_of_head_attention",
     "neighborhood_attention",

@@ -1,0 +1,151 @@
+"""Lightning attention of TransNormer: causal linear attention, a gate, and fixed decays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitarium.ops.causal_linear import causal_linear_attention, causal_linear_step
+from vitarium.ops.mixer import Mixer
+
+
+def lightning_slopes(num_heads: int) -> list[float]:
+    """The slope s of every head, whose decay is exp(-s): 2^(-8 h / num_heads) for h = 1, 2, ...
+
+    Press et al., "Train Short, Test Long" (arXiv 2108.12409). For n heads that are no power of two,
+    with p the largest one below: the slopes of p heads, then every second one of 2 p heads.
+
+    Raises:
+        ValueError: there is no head.
+    """
+    if num_heads < 1:
+        raise ValueError(f"lightning_slopes: num_heads={num_heads} must be at least 1")
+    power = 1 << (num_heads.bit_length() - 1)
+    slopes = [2.0 ** (-8 * (head + 1) / power) for head in range(power)]
+    if power < num_heads:
+        slopes += lightning_slopes(2 * power)[::2][: num_heads - power]
+    return slopes
+
+
+class SimpleRMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps), without weights (TransNormerLLM, arXiv 2307.14995, section 3.4).
+
+    Args:
+        dim: number of channels, the last dimension.
+        eps: keeps the root from zero.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__(dim, eps=eps, elementwise_affine=False)
+
+
+class LightningAttention(Mixer, name="lightning"):
+    """Lightning attention, the mixer of TransNormer, on a map in raster order.
+
+    With SiLU activations of q_proj, k_proj and v_proj, and for head h of layer l of L the decay
+    r = exp(-slope_h (1 - l / (L - 1) + 1e-5)), slopes of `lightning_slopes`:
+
+        head_i = sum_{j <= i} r^(i - j) (query_i . key_j) value_j
+        out = o_proj(norm(head) sigmoid(output_gate(x)))
+
+    with a gate of two linear layers and a normalisation over all heads. The map is taken chunk by
+    chunk; `backend("reference")` takes the parallel form and `step` the recurrent one. Cost for N
+    tokens: 4 N C^2 + 2 N C^2 / num_heads for the projections and the gate, and 2 N C^2 / num_heads
+    for the heads, in multiply-adds. Parameters are named as in the official code.
+
+    Args:
+        dim: number of channels C.
+        num_heads: number of heads; divides `dim`.
+        bias: of all linear layers.
+        norm_type: "layernorm", or "simplermsnorm", as in TransNormerLLM.
+        layer_idx: the layer l, 0 ... num_layers - 1: decays are slower in later ones.
+        num_layers: the number of layers L.
+
+    Raises:
+        ValueError: `num_heads` does not divide `dim`, or there is no such layer or norm.
+    """
+
+    paper = (
+        "Lightning Attention-2: A Free Lunch for Handling Unlimited Sequence Lengths in Large "
+        "Language Models (arXiv 2401.04658)"
+    )
+    operator = "causal_linear_attention"
+    examples: ClassVar[Sequence[Mapping[str, Any]]] = (
+        {"dim": 24, "num_heads": 3, "layer_idx": 2},
+        {"dim": 32, "num_heads": 2, "bias": True, "norm_type": "simplermsnorm", "layer_idx": 11},
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int = 8,
+        bias: bool = False,
+        norm_type: Literal["layernorm", "simplermsnorm"] = "layernorm",
+        layer_idx: int = 0,
+        num_layers: int = 12,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim)
+        owner = type(self).__name__
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"{owner}: {num_heads=} must divide {dim=}")
+        if num_layers < 1:
+            raise ValueError(f"{owner}: {num_layers=} must be at least 1")
+        if not 0 <= layer_idx < num_layers:
+            raise ValueError(f"{owner}: {layer_idx=} must be between 0 and {num_layers=} - 1")
+        self.num_heads = num_heads
+        factory = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(dim, dim, bias=bias, **factory)
+        self.k_proj = nn.Linear(dim, dim, bias=bias, **factory)
+        self.v_proj = nn.Linear(dim, dim, bias=bias, **factory)
+        self.o_proj = nn.Linear(dim, dim, bias=bias, **factory)
+        if norm_type == "layernorm":
+            self.norm: nn.Module = nn.LayerNorm(dim, **factory)
+        else:
+            self.norm = SimpleRMSNorm(dim)
+        width = dim // num_heads
+        self.output_gate = nn.Sequential(
+            nn.Linear(dim, width, bias=bias, **factory), nn.Linear(width, dim, bias=bias, **factory)
+        )
+        # Constants, for no cast of the module may round them: as official, rounded to float32.
+        with torch.device("cpu"):
+            slopes = torch.tensor(lightning_slopes(num_heads), dtype=torch.float32)
+            slopes = slopes * (1 - layer_idx / max(num_layers - 1, 1) + 1e-5)
+        self.decay: list[float] = [math.exp(-slope) for slope in slopes.tolist()]
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value `(..., num_heads, head_dim)`."""
+        query, key, value = (
+            F.silu(layer(x)).unflatten(-1, (self.num_heads, -1))
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return query, key, value
+
+    def _combine(self, x: Tensor, heads: Tensor) -> Tensor:
+        return self.o_proj(self.norm(heads.flatten(-2)) * torch.sigmoid(self.output_gate(x)))
+
+    def mix(self, x: Tensor) -> Tensor:
+        return self._combine(x, causal_linear_attention(*self._heads(x), decay=self.decay))
+
+    def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The recurrent form: the output at one more token, in constant time and memory.
+
+        Args:
+            x: `(B, C)`, the next token in raster order.
+            state: what the step before returned; None at the first token.
+
+        Returns:
+            Output `(B, C)`, and the state for the next token.
+        """
+        heads, state = causal_linear_step(*self._heads(x), state, decay=self.decay)
+        return self._combine(x, heads), state
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}"

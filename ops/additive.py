@@ -97,6 +97,7 @@ class Additive:
         self.name = name
         self.patterns = _patterns(tuple(axes), work.device)
         self.needed = bias is not None or not self.patterns.all_inside
+        self.alike = len(self.patterns.outside) == 1
         self._bias, self._dtype = bias, dtype
         self._bands: dict[tuple[Any, ...], Tensor] = {}
 
@@ -115,7 +116,7 @@ class Additive:
 
     def band(self, band: tuple[int, int], strips: bool = False) -> Tensor:
         """`(num_heads or 1, classes and tiles, queries, keys)` of a band, or 1 tile for all."""
-        if len(self.patterns.outside) == 1:
+        if self.alike:
             return self.table
         alike = tuple(row[slice(*band)] for row in self.patterns.axes[0].which)
         if alike not in self._bands:

@@ -62,6 +62,7 @@ def attention(
     return dispatch.choose(NAME, backend, _IMPLEMENTATIONS, query.device, *args)(*args)
 
 
+@dispatch.remembered
 def check(
     name: str,
     query: Tensor,

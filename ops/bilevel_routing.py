@@ -77,6 +77,7 @@ def bilevel_routing_attention(
     return dispatch.choose(NAME, backend, _IMPLEMENTATIONS, query.device, *args)(*args)
 
 
+@dispatch.remembered
 def _check(
     query: Tensor, key: Tensor, value: Tensor, routing: Any, n_win: Any, weights: Any
 ) -> tuple[int, int]:

@@ -120,11 +120,15 @@ class Differentiable:
         """The output; `args` are the tensors and the other arguments."""
         if not self.direct(args):
             return self._operator(*args, fused)[0]
-        if torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad for tensor in args[: self.count]
-        ):
+        if self.differentiated(args):
             return _Direct.apply(self, *args, fused)
         return self.forward(*args, fused)[0]
+
+    def differentiated(self, args: Sequence[Any]) -> bool:
+        """Whether a backward may follow."""
+        return torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in args[: self.count]
+        )
 
     def direct(self, args: Sequence[Any]) -> bool:
         """Whether the way past the custom operator may be taken: nobody would see it."""

@@ -8,12 +8,13 @@ Only `None` chooses: Triton for CUDA (and meta) tensors that it supports, else t
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 if TYPE_CHECKING:
     from vitarium.ops.differentiable import Differentiable
+
+Result = TypeVar("Result")
 
 BACKENDS = ("reference", "torch", "triton", "natten")
 
@@ -274,6 +277,40 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
 
 
+def remembered(check: Callable[..., Result]) -> Callable[..., Result]:
+    """Decorator: what a check found for one call serves every call that is like it.
+
+    The check may look at shapes, dtypes and devices of tensors, and at plain values. On small maps
+    checks take as long as a matrix product, right after one has filled the cache with its own.
+    """
+    known: dict[Any, tuple[Result]] = {}
+
+    @functools.wraps(check)
+    def checked(*args: Any) -> Result:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return check(*args)
+        try:
+            like = tuple([_likeness(arg) for arg in args])
+            found = known.get(like)
+        except TypeError:  # a list, or a symbolic size
+            return check(*args)
+        if found is None:
+            if len(known) >= 1024:
+                known.clear()
+            found = known[like] = (check(*args),)
+        return found[0]
+
+    return checked
+
+
+def _likeness(arg: Any) -> tuple[Any, ...]:
+    if isinstance(arg, Tensor):
+        return type(arg), arg.shape, arg.dtype, arg.device
+    if type(arg) is tuple:
+        return arg, *map(type, arg)  # True and 1.0 equal 1
+    return arg, type(arg)
+
+
 def check_tensors(operator: str, **tensors: Tensor) -> None:
     """All are floating-point tensors of one dtype on one device.
 
@@ -333,6 +370,9 @@ def per_dimension(
         TypeError: an entry is not of `kind`.
         ValueError: the number of entries is not `dimensions`, or an integer is below `least`.
     """
+    plain = type(value) is tuple and len(value) == dimensions and {*map(type, value)} == {kind}
+    if plain and (kind is bool or min(value) >= least):
+        return value  # most calls, quickly
     several = isinstance(value, Sequence) and not isinstance(value, str)
     entries = tuple(value) if several else (value,) * dimensions
     if torch.jit.is_tracing():  # which makes sizes of tensors, and what follows from them, tensors

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitarium.ops import dispatch, whole_windows
+from vitarium.ops import dispatch, fused_windows, whole_windows
 from vitarium.ops.differentiable import Differentiable
 from vitarium.ops.tiled import attend, attend_backward, attend_plain, path
 from vitarium.ops.windows import (
@@ -154,7 +154,10 @@ class LocalAttention(Differentiable):
             query, key, value, bias, *pattern, scale = args
             axes = tiles_for(tuple(query.shape[1:-2]), self._windows(pattern), "whole")
             if whole_windows.serves(query, key, axes):
-                return whole_windows.attention(query, key, value, bias, axes, scale)
+                way = whole_windows.attention
+                if fused_windows.serves(query, value) and not self.differentiated(args):
+                    way = fused_windows.attend
+                return way(query, key, value, bias, axes, scale)
         return super().__call__(*args, fused=fused)
 
     def _windows(self, pattern: Sequence[Sequence[int]]) -> tuple[Pattern, ...]:

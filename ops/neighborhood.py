@@ -65,18 +65,19 @@ def neighborhood_attention(
         ValueError: shapes, sizes or devices do not fit, or the named backend cannot run this.
         TypeError: an argument is of the wrong type, or dtypes differ.
     """
-    windows = _check(query, key, value, kernel_size, stride, dilation, is_causal)
-    check_bias(NAME, bias, query, windows, "2 * kernel_size - 1")
+    windows = _check(query, key, value, bias, kernel_size, stride, dilation, is_causal)
     scale = dispatch.check_scale(NAME, scale, query)
     query, key, value = dispatch.autocast(query, key, value)
     args = (query, key, value, bias, *map(list, zip(*windows)), scale)
     return dispatch.choose(NAME, backend, _IMPLEMENTATIONS, query.device, *args)(*args)
 
 
+@dispatch.remembered
 def _check(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    bias: Any,
     kernel_size: Any,
     stride: Any,
     dilation: Any,
@@ -101,6 +102,7 @@ def _check(
     spatial = query.shape[1:-2]
     for axis, length, window in zip("DHW"[-rank:], spatial, windows):
         window.check(NAME, length, axis, tuple(spatial))
+    check_bias(NAME, bias, query, windows, "2 * kernel_size - 1")
     return windows
 
 

@@ -3,7 +3,7 @@
 The most frequent case of local attention takes a portable path of its own: tokens go straight from
 the map into windows and back, once in either direction. For a backward the forward keeps windows
 and weights, not the map; for windows of 7 x 7 and heads of 32 channels weights are about half as
-large as query, key and value together.
+large as query, key and value together. Without a backward see `vitarium.ops.fused_windows`, too.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def _gathered(x: Tensor, axes: Axes, band: Band, name: str, take: Any) -> Tensor
     """The windows `(*lead, *classes, *tiles, *tile, channels)` of a band of `(*lead, *spatial,
     channels)`: a view where possible, else copied into what `take` gives.
     """
-    shape, parts = _geometry(x.shape, x.stride(), axes, band)
+    shape, parts = geometry(x.shape, x.stride(), axes, band)
     if len(parts) == 1:
         view = x.as_strided(shape, parts[0].map_strides, x.storage_offset() + parts[0].map_offset)
         return view if view.is_contiguous() else take(name, shape).copy_(view)
@@ -236,12 +236,12 @@ def _gathered_together(x: Tensor, axes: Axes, band: Band, work: Workspace, take:
 
 def _scatter(tiles: Tensor, x: Tensor, axes: Axes, band: Band) -> None:
     """Write windows to where `_gathered` takes them from."""
-    _, parts = _geometry(x.shape, x.stride(), axes, band)
+    _, parts = geometry(x.shape, x.stride(), axes, band)
     for part in parts:
         part.of_map(x).copy_(part.of_tiles(tiles))
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """Parts of windows that lie alike in a map and in its windows."""
 
     shape: tuple[int, ...]
@@ -259,9 +259,9 @@ class _Part(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _geometry(
+def geometry(
     shape: tuple[int, ...], strides: tuple[int, ...], axes: Axes, band: Band
-) -> tuple[tuple[int, ...], tuple[_Part, ...]]:
+) -> tuple[tuple[int, ...], tuple[Part, ...]]:
     """The shape of a band of windows of a map `(*lead, *spatial, channels)`, and its parts."""
     rank = len(axes)
     lead = len(shape) - rank - 1
@@ -291,5 +291,5 @@ def _geometry(
         tile_offset = sum(place * step for place, step in zip(places, tile_steps))
         tile_offset += sum(p * step for p, step in zip(position, position_steps))
         part = (*shape[:lead], *classes, end - begin, *count[1:], *length, shape[-1])
-        parts.append(_Part(part, map_strides, map_offset, inner, tile_offset))
+        parts.append(Part(part, map_strides, map_offset, inner, tile_offset))
     return whole, tuple(parts)

@@ -69,18 +69,19 @@ def window_attention(
         ValueError: shapes, sizes or devices do not fit, or the named backend cannot run this.
         TypeError: an argument is of the wrong type, or dtypes differ.
     """
-    windows = _check(query, key, value, window_size, dilation, shift, halo)
-    check_bias(NAME, bias, query, windows, "2 * window_size - 1 + 2 * halo")
+    windows = _check(query, key, value, bias, window_size, dilation, shift, halo)
     scale = dispatch.check_scale(NAME, scale, query)
     query, key, value = dispatch.autocast(query, key, value)
     args = (query, key, value, bias, *map(list, zip(*windows)), scale)
     return dispatch.choose(NAME, backend, _ATTENTION.backends, query.device, *args)(*args)
 
 
+@dispatch.remembered
 def _check(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    bias: Any,
     window_size: Any,
     dilation: Any,
     shift: Any,
@@ -111,6 +112,7 @@ def _check(
     windows = tuple(map(Block, window_size, dilation, shift, halo, border))
     for axis, window in zip("DHW"[-rank:], windows):
         window.check(NAME, axis)
+    check_bias(NAME, bias, query, windows, "2 * window_size - 1 + 2 * halo")
     return windows
 
 
@@ -166,6 +168,7 @@ CASES = (
     _case("three dimensions", (3, 5, 4), (2, 4, 2), shift=(1, 0, 1), heads=(2, 1)),
     _case("map smaller than the window", (3, 5), 7, shift=(2, 4), dilation=(2, 1), scale=-0.5),
     _case("one token", (1, 1), 7, dilation=3),
+    _case("patches of tiny windows", (10, 11), 2, shift=(1, 0), batch=2),
     _case("windows of more than 64 tokens", (9, 10), 9, shift=2),
     _case("no images", (7, 7), 3, batch=0),
 )  # fmt: skip
@@ -181,6 +184,7 @@ def _launches() -> list[Case]:
             ("volume", (16,) * 3, (2, 7, 7), {"dilation": 2, "shift": 1, "halo": 3}),
             ("row", (64,), 16, {"bias": False}),
             ("large windows", (36, 36), 12, {"shift": 6}),
+            ("tiny windows", (56, 56), 2, {"bias": dim == 32}),
         ):
             note = f"{note}, head_dim {dim}"
             found.append(_case(note, spatial, window_size, batch=2, dims=(dim, dim), **extra))

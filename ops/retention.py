@@ -36,8 +36,8 @@ class RetentionAttention(Mixer, name="retention"):
 
     The map is taken chunk by chunk; `backend("reference")` takes the parallel form and `step` the
     recurrent one, with the same outputs. The official parallel form divides by the sum of a row's
-    absolute scores, too (`score_norm`), which changes nothing but what the normalisation's epsilon
-    weighs, and costs N^2; none of the forms that grow with N can have it.
+    absolute scores, too, and rounds to float32 before the normalisation (`score_norm`). That changes
+    nothing but what the normalisation's epsilon weighs, and costs N^2, which no other form can have.
 
     Cost for N tokens: N C (2 C + 3 value_dim) for the projections and 2 N C value_dim / num_heads
     in multiply-adds. Parameters are named as in the official code.
@@ -48,7 +48,8 @@ class RetentionAttention(Mixer, name="retention"):
         value_dim: channels of all heads' values, `2 * dim`, as in the paper, if None.
         gate_fn: "swish" or "gelu".
         layernorm_eps: epsilon of the heads' normalisation.
-        score_norm: divide by the sum of a row's absolute scores, kept between 1 and 5e4.
+        score_norm: the official parallel form to the digit: divide by the sum of a row's absolute
+            scores, kept between 1 and 5e4, and normalise heads in float32.
 
     Raises:
         ValueError: a width is impossible, or `gate_fn` is unknown.
@@ -149,7 +150,8 @@ class RetentionAttention(Mixer, name="retention"):
 
     def _combine(self, x: Tensor, heads: Tensor) -> Tensor:
         gate = GATES[self.gate_fn](self.g_proj(x))
-        return self.out_proj(gate * self.group_norm(heads).flatten(-2))
+        normed = self.group_norm(heads.float() if self.score_norm else heads)
+        return self.out_proj(gate * normed.to(heads.dtype).flatten(-2))
 
     def mix(self, x: Tensor) -> Tensor:
         tokens = x.flatten(1, 2)

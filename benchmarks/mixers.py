@@ -52,7 +52,7 @@ def bench_mixers(
     names: Sequence[str] = (),
     *,
     device: str | None = None,
-    batch_size: int = 4,
+    batch_size: int = 16,
     dtypes: Sequence[str] = ("float32", "bfloat16"),
     modes: Sequence[str] = MODES,
     match: str = "",
@@ -67,7 +67,7 @@ def bench_mixers(
     Args:
         names: mixers; all that have peers if empty.
         device: "cpu" or "cuda"; CUDA if there is any, if None.
-        batch_size: images.
+        batch_size: images. Four of 14 x 14 are so few tokens that calls of small operations count.
         dtypes: of weights and maps.
         modes: of "forward" (in inference mode) and "training" (forward and backward).
         match: only contests whose note contains this.

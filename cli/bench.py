@@ -151,7 +151,7 @@ def _mixers_parser() -> ArgumentParser:
     )
     parser.add_argument("names", metavar="MIXER", type=str, nargs="*", help="all, if none")
     _add_place(parser, threads=1)
-    parser.add_argument("--batch-size", type=PositiveInt, default=4, help="images")
+    parser.add_argument("--batch-size", type=PositiveInt, default=16, help="images")
     parser.add_argument(
         "--dtypes", type=Dtype, nargs="+", default=["float32", "bfloat16"], help="data types"
     )

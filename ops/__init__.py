@@ -26,6 +26,11 @@ from vitarium.ops.gaussian_adaptive import GaussianAdaptiveAttention, GaussianBl
 from vitarium.ops.grouped_query import GroupedQueryAttention, KeyDrivenGroupedQueryAttention
 from vitarium.ops.halo import HaloAttention, OverlappingCrossAttention
 from vitarium.ops.hilo import HiLoAttention
+from vitarium.ops.inline_mixers import (
+    CrossShapedInLineAttention,
+    InLineAttention,
+    InLineWindowAttention,
+)
 from vitarium.ops.lightning import LightningAttention, SimpleRMSNorm, lightning_slopes
 from vitarium.ops.linear import linear_attention
 from vitarium.ops.mixer import MIXERS, Mixer, build_mixer, qkv_heads
@@ -54,6 +59,7 @@ __all__ = [
     "Case",
     "ChannelAttention",
     "ChannelAttentionV2",
+    "CrossShapedInLineAttention",
     "DynamicPositionBias",
     "FlowAttentionCausal",
     "FocalModulation",
@@ -65,6 +71,8 @@ __all__ = [
     "HaloAttention",
     "HeadRouter",
     "HiLoAttention",
+    "InLineAttention",
+    "InLineWindowAttention",
     "KeyDrivenGroupedQueryAttention",
     "LengthScaledCosineAttention",
     "LightningAttention",

@@ -1,7 +1,7 @@
 """Linear attention in plain PyTorch: two passes over tokens in chunks that stay in cache.
 
 What queries need of keys and values, the state, are S = sum_j phi(k_j) v_j^T, z = sum_j phi(k_j)
-and u = sum_j v_j. The backward keeps it, computes features again, and sums the gradient of the state
+and u = sum_j v_j. The backward keeps it, computes features again, and sums the state's gradient
 over queries before it goes over keys.
 """
 

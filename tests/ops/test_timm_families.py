@@ -7,11 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.davit import ChannelAttention as TimmChannelAttention
+from timm.models.davit import ChannelAttentionV2 as TimmChannelAttentionV2
 from timm.models.focalnet import FocalModulation as TimmFocalModulation
 from timm.models.volo import OutlookAttention as TimmOutlookAttention
 from torch import Tensor, nn
 
-from vitarium.ops import FocalModulation, Mixer, OutlookAttention
+from vitarium.ops import (
+    ChannelAttention,
+    ChannelAttentionV2,
+    FocalModulation,
+    Mixer,
+    OutlookAttention,
+)
 
 
 def _random(module: Any) -> Any:
@@ -51,6 +59,10 @@ def _assert_same(
     mixer.load_state_dict(wanted, strict=True)
     for name, parameter in mixer.named_parameters():
         torch.testing.assert_close(found[name], parameter.data, rtol=1e-8, atol=1e-8)
+
+
+def _tokens(module: Any) -> Callable[[Tensor], Tensor]:
+    return lambda x: module(x.flatten(1, 2)).view(x.shape)
 
 
 def _channels_last(module: Any) -> Callable[[Tensor], Tensor]:
@@ -97,3 +109,19 @@ def test_focal_map_is_a_derivative() -> None:
     assert maps.shape == (2, 3, 9, 11)
     reach = torch.tensor([[maps[:, i].any(0)[4, 5 + d] for d in range(6)] for i in range(3)])
     assert reach.sum(1).tolist() == [2, 4, 6]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 9), (1, 1)], ids=str)
+@pytest.mark.parametrize("arguments", [{"num_heads": 2}, {"num_heads": 3, "qkv_bias": True}])
+def test_channel(arguments: dict[str, Any], size: tuple[int, int]) -> None:
+    theirs = _random(TimmChannelAttention(24, **arguments))
+    _assert_same(ChannelAttention(24, **arguments), theirs, _tokens(theirs), _map(*size, 24))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 9), (1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{"num_heads": 2}, {"num_heads": 4, "qkv_bias": False, "dynamic_scale": False}]
+)
+def test_channel_v2(arguments: dict[str, Any], size: tuple[int, int]) -> None:
+    theirs = _random(TimmChannelAttentionV2(24, **arguments))
+    _assert_same(ChannelAttentionV2(24, **arguments), theirs, _tokens(theirs), _map(*size, 24))

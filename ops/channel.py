@@ -1,0 +1,310 @@
+"""Channel attention: channels attend to channels, by how alike they are over all positions.
+
+Ding et al., "DaViT: Dual Attention Vision Transformers" (arXiv 2204.03645, section 3.2). For the
+tokens n of an image and the channels i, j of a head,
+
+    W = softmax over j of scale * sum over n of query[n, i] key[n, j]
+    output[n, i] = sum over j of W[i, j] value[n, j]
+
+Cost: 2 N head_dim multiply-adds a channel for N tokens: linear in the size of the map.
+
+Both products are matrix products of the library, which read every operand once from where a joint
+projection left it; scores are few. There are no bytes to save for a Triton kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vitarium.ops import dispatch
+from vitarium.ops.differentiable import Differentiable
+from vitarium.ops.dispatch import Case, Operator
+from vitarium.ops.mixer import Mixer, qkv_heads
+from vitarium.ops.packed import joint
+
+NAME = "channel_attention"
+
+
+def channel_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of every channel of a head to all channels of the head.
+
+    Args:
+        query: `(B, *spatial, num_heads, head_dim)`, spatial of any rank from 1; any strides.
+        key, value: of the same shape.
+        scale: factor on the scores; `head_dim ** -0.5` if None.
+        backend: "reference", "torch", or None to choose.
+
+    Returns:
+        `(B, *spatial, num_heads, head_dim)`, contiguous, in the dtype of query.
+
+    Raises:
+        ValueError: shapes or devices do not fit, or the named backend does not exist.
+        TypeError: an argument is of the wrong type, or dtypes differ.
+    """
+    dispatch.check_tensors(NAME, query=query, key=key, value=value)
+    if query.dim() < 4 or min(query.shape[-2:]) < 1:
+        raise ValueError(
+            f"{NAME}: query has shape {tuple(query.shape)}; allowed are 4 dimensions or more, "
+            "(B, *spatial, num_heads, head_dim), with a head and a channel"
+        )
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape != query.shape:
+            raise ValueError(
+                f"{NAME}: {name} has shape {tuple(tensor.shape)}, query {tuple(query.shape)}; they "
+                "must agree"
+            )
+    scale = dispatch.check_scale(NAME, scale, query)
+    args = (*dispatch.autocast(query, key, value), scale)
+    return dispatch.choose(NAME, backend, _IMPLEMENTATIONS, query.device, *args)(*args)
+
+
+def _reference(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The definition, on `(B, heads, tokens, channels)`."""
+    q, k, v = _by_head(query), _by_head(key), _by_head(value)
+    weights = (scale * q.mT @ k).softmax(-1)
+    return (v @ weights.mT).transpose(1, 2).reshape(value.shape).contiguous()
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """`(B, heads, tokens, channels)`, a view where strides allow it."""
+    return x.flatten(1, -3).transpose(1, 2)
+
+
+# --- the portable path ---------------------------------------------------------------------------
+
+
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors `(B, *spatial, heads, channels)` as batches of matrices that are not copied.
+
+    On a CPU image by image, whose heads have one stride; else all at once, for which the library
+    may copy.
+    """
+    matrices = [_by_head(tensor) for tensor in tensors]
+    return zip(*matrices) if tensors[0].device.type == "cpu" else iter([tuple(matrices)])
+
+
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    """Half precision in float32 on a CPU, which has no fast products for it."""
+    if tensors[0].device.type != "cpu" or tensors[0].element_size() > 2:
+        return list(tensors)
+    return [tensor.float() for tensor in tensors]
+
+
+def _weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """In float32 at least: they are few."""
+    scores = torch.matmul(query.mT, key)
+    return scores.to(torch.promote_types(scores.dtype, torch.float32)).mul(scale).softmax(-1)
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, fused: bool
+) -> tuple[Tensor, Tensor]:
+    output = value.new_empty(value.shape)
+    for *inputs, target in _parts(query, key, value, output):
+        q, k, v = _wide(*inputs)
+        target.copy_(torch.matmul(v, _weights(q, k, scale).to(v.dtype).mT))
+    return output, value.new_empty(0, dtype=torch.float32)
+
+
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    saved: Tensor,
+    scale: float,
+    fused: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    grads = _gradients(query, key, value)
+    for *inputs, grad_q, grad_k, grad_v in _parts(query, key, value, grad, *grads):
+        q, k, v, g = _wide(*inputs)
+        weights = _weights(q, k, scale)
+        products = torch.matmul(g.mT, v).to(weights.dtype).mul_(weights)
+        inner = products.sub_(weights * products.sum(-1, keepdim=True)).mul_(scale).to(q.dtype)
+        grad_q.copy_(torch.matmul(k, inner.mT))
+        grad_k.copy_(torch.matmul(q, inner))
+        grad_v.copy_(torch.matmul(g, weights.to(q.dtype)))
+    return grads
+
+
+def _gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Room for gradients, side by side where the tensors lie side by side."""
+    order = sorted(range(len(tensors)), key=lambda i: tensors[i].storage_offset())
+    if joint(*(tensors[i] for i in order)) is None:
+        return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
+    *leading, heads, channels = tensors[0].shape
+    room = tensors[0].new_empty(*leading, len(tensors), heads, channels).unbind(-3)
+    return tuple(room[order.index(i)] for i in range(len(tensors)))
+
+
+# --- the custom operator -------------------------------------------------------------------------
+
+
+def _flops(query: Sequence[int], *_: Any) -> int:
+    return 4 * math.prod(query) * query[-1]
+
+
+_OPERATION = Differentiable(
+    NAME,
+    tensors="Tensor query, Tensor key, Tensor value",
+    arguments="float scale",
+    forward=_forward,
+    backward=_backward,
+    output_shape=lambda query, key, value, *_: value.shape,
+    saved_shape=lambda *_: (0,),
+    flops=_flops,
+    backward_flops=lambda query, *_: 5 * _flops(query) // 2,
+)
+_IMPLEMENTATIONS = {
+    name: implementation
+    for name, implementation in _OPERATION.implementations(
+        reference=_reference, plain=_reference, refuses=lambda *_: None
+    ).items()
+    if name != "triton"
+}
+
+
+# --- the mixers ----------------------------------------------------------------------------------
+
+
+class ChannelAttentionV2(Mixer, name="channel_v2"):
+    """Channel attention of DaViT's second code, Florence-2's vision tower.
+
+        q, k, v = qkv(x);  out = proj(channel_attention(q, k, v))
+
+    Parameters are named as in timm and the official code. Cost for N tokens: 4 N C^2 for the
+    projections and 2 N C^2 / num_heads of the attention, in multiply-adds.
+
+    `attention_map` is 1 at the position itself: with the weights of channels held fixed, an output
+    has its own position's values only. Positions meet in those weights.
+
+    Args:
+        dim: number of channels C.
+        num_heads: number of groups of channels; divides `dim`.
+        qkv_bias: bias of the query, key and value projection.
+        dynamic_scale: scores are multiplied by `N ** -0.5`, not by `head_dim ** -0.5`.
+        proj_drop: dropout rate after the output projection.
+
+    Raises:
+        ValueError: `num_heads` does not divide `dim`.
+    """
+
+    paper = "DaViT: Dual Attention Vision Transformers (arXiv 2204.03645)"
+    operator = NAME
+    examples: ClassVar[Sequence[Mapping[str, Any]]] = (
+        {"dim": 32, "num_heads": 2},
+        {"dim": 24, "num_heads": 3, "qkv_bias": False, "dynamic_scale": False},
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int = 8,
+        qkv_bias: bool = True,
+        dynamic_scale: bool = True,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim)
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"{type(self).__name__}: {num_heads=} must divide dim={dim}")
+        factory = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.dynamic_scale = dynamic_scale
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.proj = nn.Linear(dim, dim, **factory)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def mix(self, x: Tensor) -> Tensor:
+        query, key, value = self._roles(*qkv_heads(self.qkv, x, self.num_heads))
+        scale = (x.shape[1] * x.shape[2]) ** -0.5 if self.dynamic_scale else None
+        output = channel_attention(query, key, value, scale=scale)
+        return self.proj_drop(self.proj(output.flatten(-2)))
+
+    def _roles(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Which outputs of `qkv` are query, key and value."""
+        return parts
+
+    def _weights(self, call: dispatch.Call, wanted: Tensor) -> Tensor:
+        return wanted.expand(-1, self.num_heads, -1, -1)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}"
+
+
+class ChannelAttention(ChannelAttentionV2, name="channel"):
+    """Channel attention of DaViT's channel blocks.
+
+        v, q, k = qkv(x);  out = proj(channel_attention(q, k, v))
+
+    The first of the three outputs, which the official code calls the query, is the one that is
+    mixed. Cost for N tokens: 4 N C^2 for the projections and 2 N C^2 / num_heads of the attention,
+    in multiply-adds.
+
+    Args:
+        dim, num_heads, proj_drop: as in `ChannelAttentionV2`.
+        qkv_bias: bias of the query, key and value projection.
+
+    Raises:
+        ValueError: `num_heads` does not divide `dim`.
+    """
+
+    examples = ({"dim": 32, "num_heads": 2}, {"dim": 24, "num_heads": 3, "qkv_bias": True})
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_heads=num_heads,
+            qkv_bias=qkv_bias,
+            dynamic_scale=False,
+            proj_drop=proj_drop,
+            device=device,
+            dtype=dtype,
+        )
+
+    def _roles(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        return parts[1], parts[2], parts[0]
+
+
+# --- test cases ----------------------------------------------------------------------------------
+
+
+def _case(note: str, *shape: int, **kwargs: Any) -> Case:
+    return Case(note, dict.fromkeys(("query", "key", "value"), shape), kwargs)
+
+
+CASES = (
+    _case("map", 2, 5, 4, 2, 8),
+    _case("sequence, width that is no power of two", 2, 19, 1, 6, scale=-0.3),
+    _case("one token", 2, 1, 1, 2, 8, scale=1.0),
+    _case("no images", 0, 3, 3, 1, 8),
+)
+
+OPERATOR = Operator(
+    NAME, channel_attention, _IMPLEMENTATIONS, CASES, _OPERATION, context="same size"
+)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from vitarium.ops.windows import Block, Pattern
 
 AXES = 2
 LARGEST_TILE = 64  # tokens
+TINY = 8  # tokens of windows that share a tile, at most: alone they would leave most of it empty
 # A program walks over as many windows as leave this many programs, or half as many where walks are
 # short: enough for the multiprocessors, few enough for the bias and the mask to be worth it.
 # Constants, so that results do not depend on a device.
@@ -75,7 +77,7 @@ def _lookup(
     simple = all(isinstance(window, Block) and not window.halo for window in windows)
     if len(windows) > AXES or not simple or head_dim > max(sizes):
         return None
-    tokens, columns = _tile(windows)
+    tokens, columns = _tile(_patch(windows))
     if tokens > LARGEST_TILE:
         return None
     warps, stages, *registers = sizes[min(dim for dim in sizes if dim >= head_dim)]
@@ -86,6 +88,22 @@ def _lookup(
         "num_stages": stages,
         "max_registers": registers[0] if registers else None,
     }
+
+
+@functools.lru_cache(maxsize=1024)
+def _patch(windows: tuple[Block, ...]) -> tuple[Block, ...]:
+    """The windows, or for tiny ones the patches of them that tiles hold."""
+    sizes = [window.window_size for window in windows]
+    if math.prod(sizes) > TINY:
+        return windows
+    side = math.isqrt(LARGEST_TILE) if len(windows) == AXES else LARGEST_TILE
+    across = side // sizes[-1] * sizes[-1]
+    down = LARGEST_TILE // triton.next_power_of_2(across)
+    lengths = [down // size * size for size in sizes[:-1]] + [across]
+    return tuple(  # with the same lead
+        window._replace(window_size=length, shift=-window.lead % length)
+        for window, length in zip(windows, lengths)
+    )
 
 
 def _tile(windows: Sequence[Pattern]) -> tuple[int, int]:
@@ -138,7 +156,9 @@ def _geometry(
 
     `dense`: images lie one behind the other in all tensors.
     """
-    axes = _two(windows, Block(1, 1, 0, 0, 0))
+    alone = Block(1, 1, 0, 0, 0)
+    sizes = (axis.window_size for axis in _two(windows, alone))
+    axes = _two(_patch(windows), alone)
     lengths = _two(spatial, 1)
     (tiles_y, first_row, rows, wrap_y), (tiles_x, _, _, wrap_x) = map(_axis, lengths, axes)
     places = heads * tiles_x * axes[0].dilation * axes[1].dilation
@@ -157,6 +177,7 @@ def _geometry(
         "width": lengths[1],
         "size_y": axes[0].window_size,
         "size_x": axes[1].window_size,
+        **dict(zip(("window_y", "window_x"), sizes)),
         "dilation_y": axes[0].dilation,
         "dilation_x": axes[1].dilation,
         "lead_y": axes[0].lead,
@@ -168,6 +189,7 @@ def _geometry(
         "rows": rows,
         "steps": steps,
         "SHIFTED": any(axis.lead for axis in axes),
+        "PATCH": _patch(windows) != windows,
     }
 
 
@@ -272,8 +294,9 @@ def backward(
 
 def _grad_bias(partial_sums: Tensor, bias: Tensor, windows: Sequence[Pattern]) -> Tensor:
     """The gradient of the table from that of the score of every pair in a window, by program."""
-    heads, height = bias.shape[0], _two((window.window_size for window in windows), 1)[0]
-    _, columns = _tile(windows)
+    patch = _patch(tuple(windows))
+    heads, height = bias.shape[0], _two((window.window_size for window in patch), 1)[0]
+    _, columns = _tile(patch)
     count = height * columns
     sums = partial_sums.unflatten(0, (-1, heads)).sum(0)[:, :count, :count]
     sums = sums.reshape(heads, height, columns, height, columns).transpose(2, 3).contiguous()

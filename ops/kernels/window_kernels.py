@@ -1,6 +1,6 @@
 """Window attention whose windows fit one tile: their tokens are queries and keys of one product.
 
-A program takes one window of a head and walks over the images and, where they look alike, over the
+A program takes one window of a head, or a patch of several tiny ones, and walks over the images and, where they look alike, over the
 windows above each other. What depends on the place in the window only, the relative position bias
 and the mask, stays in registers meanwhile; the softmax is done in one step. No kernel has atomics,
 so runs are bit-equal.
@@ -9,6 +9,9 @@ Along an axis, window number t holds the positions t * size - lead ... of a resi
 the dilation. Before the axis there are none: as by the cyclic shift of Swin (Liu et al., arXiv
 2103.14030) window 0 holds the last ones in their place, if they fit, which `wrap` positions on are.
 The tokens of either end do not see each other.
+
+A patch of tiny windows is a window to all but the mask: `size` is the patch's, and its tokens are
+in as many parts as it has windows.
 """
 
 from __future__ import annotations
@@ -25,21 +28,26 @@ from vitarium.ops.kernels.patterns import inside
 
 # Numbers that come with the map: none of them makes Triton compile again.
 VARYING = [
-    "images", "heads", "height", "width", "size_y", "size_x", "lead_y", "lead_x",
-    "wrap_y", "wrap_x", "tiles_x", "first_row", "rows", "steps",
+    "images", "heads", "height", "width", "size_y", "size_x", "window_y", "window_x",
+    "lead_y", "lead_x", "wrap_y", "wrap_x", "tiles_x", "first_row", "rows", "steps",
 ]  # fmt: skip
 DILATIONS = ["dilation_y", "dilation_x"]  # 1 is worth a kernel of its own
 
 
 @triton.jit
-def axis_tokens(tile, index, residue, axis, SHIFTED: tl.constexpr):
-    """Tokens number `index` of a window, whether they exist, and 1 if they lie at the far end."""
-    length, size, dilation, lead, wrap = axis
+def axis_tokens(tile, index, residue, axis, SHIFTED: tl.constexpr, PATCH: tl.constexpr):
+    """Tokens number `index` of a window, whether they exist, and their part of the window.
+
+    Parts are the windows of a patch; from each other differ those at the far end of the axis.
+    """
+    length, size, dilation, lead, wrap, window = axis
     position = tile * size - lead + index
     part = index * 0
     if SHIFTED:
         part = (position < 0).to(tl.int32)
         position += part * wrap
+    if PATCH:
+        part += index // window * 2
     token = position * dilation + residue
     return token, inside(token, 0, length) & (index < size), part
 
@@ -47,7 +55,7 @@ def axis_tokens(tile, index, residue, axis, SHIFTED: tl.constexpr):
 @triton.jit
 def place(
     program, images, heads, y_axis, x_axis, tiles_x, first_row, rows, steps,
-    SHIFTED: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    SHIFTED: tl.constexpr, PATCH: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """What a program computes: which windows it walks over, and what holds for all of them.
 
@@ -57,7 +65,7 @@ def place(
     Returns:
         head; the walk as (first image, windows above the first, number of steps, whether they go
         down); tokens along y and along x of the uppermost window, and which exist; their part of
-        the map, of which a window holds up to four if it is wrapped.
+        the window, the tokens that see each other: there are up to four if it is wrapped.
     """
     head = program % heads
     program = program // heads
@@ -77,10 +85,10 @@ def place(
     y_tile = tl.where(down, first_row, walk + tl.where(walk < first_row, 0, rows))
     count = tl.minimum(tl.where(down, rows, images) - first, steps)
     index = tl.arange(0, BLOCK)
-    y, y_exists, y_part = axis_tokens(y_tile, index // COLUMNS, y_residue, y_axis, SHIFTED)
-    x, x_exists, x_part = axis_tokens(x_tile, index % COLUMNS, x_residue, x_axis, SHIFTED)
+    y, y_exists, y_part = axis_tokens(y_tile, index // COLUMNS, y_residue, y_axis, SHIFTED, PATCH)
+    x, x_exists, x_part = axis_tokens(x_tile, index % COLUMNS, x_residue, x_axis, SHIFTED, PATCH)
     row = tl.where(down, first, 0)
-    return head, (image, row, count, down), y, x, y_exists & x_exists, y_part * 2 + x_part
+    return head, (image, row, count, down), y, x, y_exists & x_exists, y_part * 256 + x_part
 
 
 @triton.jit
@@ -103,14 +111,15 @@ def offsets(y, x, strides, BLOCK: tl.constexpr, LARGE: tl.constexpr):
 
 @triton.jit
 def bias_tile(
-    bias, strides, head, part, present, size_y, size_x, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
-):
+    bias, strides, head, part, present, window_y, window_x, BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
     """What is added to base-2 scores, (queries, keys): -inf where they do not see each other."""
     seen = part[:, None] == tl.where(present, part, -1)[None, :]
     if bias is not None:
         index = tl.arange(0, BLOCK)
         key = index // COLUMNS * strides[1] + index % COLUMNS * strides[2]
-        query = key - (size_y - 1) * strides[1] - (size_x - 1) * strides[2]
+        query = key - (window_y - 1) * strides[1] - (window_x - 1) * strides[2]
         query = tl.where(present, query, 0)  # no entries before the table
         entries = bias + (head.to(tl.int64) * strides[0] + (key[None, :] - query[:, None]))
         tile = tl.load(entries, mask=seen, other=float("-inf")).to(tl.float32) * LOG2E
@@ -134,25 +143,27 @@ def forward_kernel(
     query_strides, key_strides, value_strides,  # (batch, z, y, x, head, channel)
     bias_strides,  # (head, y, x)
     images, heads, height, width,
-    size_y, size_x, dilation_y, dilation_x, lead_y, lead_x, wrap_y, wrap_x,
+    size_y, size_x, window_y, window_x,  # tokens of a window, or of a patch and of its windows
+    dilation_y, dilation_x, lead_y, lead_x, wrap_y, wrap_x,
     tiles_x,  # windows in a row of the largest residue class
     first_row, rows,  # windows that look alike from above
     steps,  # of a walk, at most
     scale,
     GROUP: tl.constexpr,  # query heads per key head
     SHIFTED: tl.constexpr,  # windows begin before the axis
+    PATCH: tl.constexpr,  # of tiny windows
     BLOCK: tl.constexpr,  # tokens of a tile
     COLUMNS: tl.constexpr,  # tokens of its rows, at least size_x
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
-    y_axis = (height, size_y, dilation_y, lead_y, wrap_y)
-    x_axis = (width, size_x, dilation_x, lead_x, wrap_x)
+    y_axis = (height, size_y, dilation_y, lead_y, wrap_y, window_y)
+    x_axis = (width, size_x, dilation_x, lead_x, wrap_x, window_x)
     head, walk, y, x, present, part = place(
         tl.program_id(0), images, heads, y_axis, x_axis, tiles_x, first_row, rows, steps,
-        SHIFTED, BLOCK, COLUMNS,
+        SHIFTED, PATCH, BLOCK, COLUMNS,
     )  # fmt: skip
-    added = bias_tile(bias, bias_strides, head, part, present, size_y, size_x, BLOCK, COLUMNS)
+    added = bias_tile(bias, bias_strides, head, part, present, window_y, window_x, BLOCK, COLUMNS)
     strides = row_strides(height, width, heads, LARGE)
     row, row_step = begin(strides, head, walk, y_axis)
     query_at, query_step = begin(query_strides, head, walk, y_axis)
@@ -193,21 +204,22 @@ def backward_kernel(
     partial_sums,  # of the gradient of the bias: (programs, tile, tile); None: it needs none
     query_strides, key_strides, value_strides, grad_output_strides, bias_strides,
     images, heads, height, width,  # arguments as those of forward_kernel
-    size_y, size_x, dilation_y, dilation_x, lead_y, lead_x, wrap_y, wrap_x,
+    size_y, size_x, window_y, window_x,  # tokens of a window, or of a patch and of its windows
+    dilation_y, dilation_x, lead_y, lead_x, wrap_y, wrap_x,
     tiles_x, first_row, rows, steps,
     scale,
-    SHIFTED: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    SHIFTED: tl.constexpr, PATCH: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    y_axis = (height, size_y, dilation_y, lead_y, wrap_y)
-    x_axis = (width, size_x, dilation_x, lead_x, wrap_x)
+    y_axis = (height, size_y, dilation_y, lead_y, wrap_y, window_y)
+    x_axis = (width, size_x, dilation_x, lead_x, wrap_x, window_x)
     head, walk, y, x, present, part = place(
         program, images, heads, y_axis, x_axis, tiles_x, first_row, rows, steps,
-        SHIFTED, BLOCK, COLUMNS,
+        SHIFTED, PATCH, BLOCK, COLUMNS,
     )  # fmt: skip
-    added = bias_tile(bias, bias_strides, head, part, present, size_y, size_x, BLOCK, COLUMNS)
+    added = bias_tile(bias, bias_strides, head, part, present, window_y, window_x, BLOCK, COLUMNS)
     strides = row_strides(height, width, heads, LARGE)
     row, row_step = begin(strides, head, walk, y_axis)
     query_at, query_step = begin(query_strides, head, walk, y_axis)

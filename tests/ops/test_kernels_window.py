@@ -35,33 +35,34 @@ pytestmark = [
 
 @triton.jit
 def _axis_kernel(
-    result, length, size, dilation, lead, wrap,
-    SHIFTED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    result, length, size, dilation, lead, wrap, window,
+    SHIFTED: tl.constexpr, PATCH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Tokens of all places (tile, residue, index in a tile)."""
     place = tl.arange(0, BLOCK)
     index = place % COLUMNS
     residue = place // COLUMNS % dilation
     tile = place // COLUMNS // dilation
-    axis = (length, size, dilation, lead, wrap)
-    token, exists, part = axis_tokens(tile, index, residue, axis, SHIFTED)
+    axis = (length, size, dilation, lead, wrap, window)
+    token, exists, part = axis_tokens(tile, index, residue, axis, SHIFTED, PATCH)
     tl.store(result + place, tl.where(exists, token, -1))
     tl.store(result + BLOCK + place, part)
 
 
-@pytest.mark.parametrize("size", [1, 3, 4])
-def test_windows_of_an_axis(size: int) -> None:
+@pytest.mark.parametrize(("size", "windows"), [(1, 1), (3, 1), (4, 1), (1, 4), (2, 2)])
+def test_windows_of_an_axis(size: int, windows: int) -> None:
     """Every token lies in one tile, with those that it sees and no others in its part."""
     columns = 4
     for dilation, shift, length in itertools.product((1, 2, 3), range(size), (1, 2, 5, 8, 9, 12)):
         if dilation > length:
             continue
         window = Block(size, dilation, shift, 0, 0)
-        tiles, first, alike, wrap = launcher._axis(length, window)
+        patch = window._replace(window_size=size * windows, shift=-window.lead % (size * windows))
+        tiles, first, alike, wrap = launcher._axis(length, patch)
         block = triton.next_power_of_2(tiles * dilation * columns)
         result = torch.empty(2, block, dtype=torch.int32, device=DEVICE)
-        axis = (length, size, dilation, window.lead, wrap)
-        _axis_kernel[(1,)](result, *axis, window.lead > 0, columns, block)
+        axis = (length, size * windows, dilation, window.lead, wrap, size)
+        _axis_kernel[(1,)](result, *axis, window.lead > 0, windows > 1, columns, block)
         tokens, parts = result[:, : tiles * dilation * columns].cpu().view(2, -1, dilation, columns)
         assert sorted(tokens[tokens >= 0].tolist()) == list(range(length))
         for tile, residue in itertools.product(range(tiles), range(dilation)):
@@ -78,7 +79,7 @@ def test_windows_of_an_axis(size: int) -> None:
                 seen = {other // dilation for other, its in here if its == part}
                 assert seen == set(window.keys_seen(token // dilation, n))
             if first <= tile < first + alike:
-                full = [tile * size - window.lead + i for i in range(size)]
+                full = [tile * size * windows - window.lead + i for i in range(size * windows)]
                 assert [token // dilation for token, _ in here] == full
 
 

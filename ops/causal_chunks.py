@@ -211,18 +211,21 @@ def _segment(
         update = work.take("update", (batch * heads * chunks, head_dim, value_dim), dtype)
         torch.bmm(rows[1].mT, rows[2], out=update)
         update = update.view(batch, heads, chunks, head_dim * value_dim)
+    # With `out` autocast leaves products in the dtype that they are in.
     if chunks > 1 or state is not None:
+        states = work.take("states", (batch, heads, chunks, head_dim * value_dim), dtype)
         if chunks > 1:
-            states = tables.states @ update
-            if state is not None:
-                states += tables.carried * state
+            torch.matmul(tables.states, update, out=states)
         else:
-            states = tables.carried * state
+            states.zero_()
+        if state is not None:
+            states.addcmul_(tables.carried, state)
         if tables.forgets:
             q.mul_(tables.read)
-        out_rows.baddbmm_(rows[0], states.view(-1, head_dim, value_dim))
+        torch.baddbmm(out_rows, rows[0], states.view(-1, head_dim, value_dim), out=out_rows)
     chunked(output).copy_(out)
     if not goes_on:
         return None
-    following = tables.state @ update
-    return following if state is None else following + tables.carry * state
+    following = query.new_empty(batch, heads, 1, head_dim * value_dim, dtype=dtype)
+    torch.matmul(tables.state, update, out=following)
+    return following if state is None else following.addcmul_(tables.carry, state)

@@ -36,8 +36,8 @@ class RetentionAttention(Mixer, name="retention"):
 
     The map is taken chunk by chunk; `backend("reference")` takes the parallel form and `step` the
     recurrent one, with the same outputs. The official parallel form divides by the sum of a row's
-    absolute scores, too, and rounds to float32 before the normalisation (`score_norm`). That changes
-    nothing but what the normalisation's epsilon weighs, and costs N^2, which no other form can have.
+    absolute scores, too, and rounds to float32 before the normalisation (`score_norm`). It changes
+    nothing but what the normalisation's epsilon weighs, and costs N^2: no other form can have it.
 
     Cost for N tokens: N C (2 C + 3 value_dim) for the projections and 2 N C value_dim / num_heads
     in multiply-adds. Parameters are named as in the official code.

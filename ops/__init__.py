@@ -9,6 +9,7 @@ from vitarium.ops.bilevel_mixers import (
     BiLevelRoutingAttentionNCHW,
 )
 from vitarium.ops.bilevel_routing import bilevel_routing_attention, route
+from vitarium.ops.cascaded_group import CascadedGroupAttention
 from vitarium.ops.causal_linear import causal_linear_attention, causal_linear_step
 from vitarium.ops.channel import ChannelAttention, ChannelAttentionV2, channel_attention
 from vitarium.ops.crossformer import DynamicPositionBias, LongShortDistanceAttention
@@ -19,6 +20,7 @@ from vitarium.ops.dense_mixers import (
     MultiHeadAttention,
     SingleHeadAttention,
 )
+from vitarium.ops.disc import DiscAttention
 from vitarium.ops.dispatch import BACKENDS, OPERATORS, Case, backend
 from vitarium.ops.flow_causal import FlowAttentionCausal, flow_attention_causal
 from vitarium.ops.focal import FocalModulation
@@ -33,6 +35,11 @@ from vitarium.ops.inline_mixers import (
 )
 from vitarium.ops.lightning import LightningAttention, SimpleRMSNorm, lightning_slopes
 from vitarium.ops.linear import linear_attention
+from vitarium.ops.linear_mixers import (
+    FocusedLinearAttention,
+    FocusedLinearWindowAttention,
+    LinearAttention,
+)
 from vitarium.ops.mixer import MIXERS, Mixer, build_mixer, qkv_heads
 from vitarium.ops.mixture_of_head import HeadRouter, mixture_of_head_attention
 from vitarium.ops.multi_axis import MultiAxisAttention
@@ -56,13 +63,17 @@ __all__ = [
     "AttentionLePE",
     "BiLevelRoutingAttention",
     "BiLevelRoutingAttentionNCHW",
+    "CascadedGroupAttention",
     "Case",
     "ChannelAttention",
     "ChannelAttentionV2",
     "CrossShapedInLineAttention",
+    "DiscAttention",
     "DynamicPositionBias",
     "FlowAttentionCausal",
     "FocalModulation",
+    "FocusedLinearAttention",
+    "FocusedLinearWindowAttention",
     "GaussianAdaptiveAttention",
     "GaussianBlock",
     "GlobalAttention",
@@ -76,6 +87,7 @@ __all__ = [
     "KeyDrivenGroupedQueryAttention",
     "LengthScaledCosineAttention",
     "LightningAttention",
+    "LinearAttention",
     "LongShortDistanceAttention",
     "Mixer",
     "MixtureOfHeadAttention",

@@ -9,11 +9,14 @@ import pytest
 import torch
 from timm.models.davit import ChannelAttention as TimmChannelAttention
 from timm.models.davit import ChannelAttentionV2 as TimmChannelAttentionV2
+from timm.models.efficientvit_msra import CascadedGroupAttention as TimmCascadedGroupAttention
+from timm.models.efficientvit_msra import LocalWindowAttention as TimmLocalWindowAttention
 from timm.models.focalnet import FocalModulation as TimmFocalModulation
 from timm.models.volo import OutlookAttention as TimmOutlookAttention
 from torch import Tensor, nn
 
 from vitarium.ops import (
+    CascadedGroupAttention,
     ChannelAttention,
     ChannelAttentionV2,
     FocalModulation,
@@ -25,7 +28,7 @@ from vitarium.ops import (
 def _random(module: Any) -> Any:
     """The module in float64 with weights that leave no parameter without effect."""
     generator = torch.Generator().manual_seed(0)
-    module = module.double().eval()
+    module.double().eval()
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point():
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
@@ -52,13 +55,22 @@ def _assert_same(
         module.zero_grad()
         result.backward(grad)
     torch.testing.assert_close(ours.grad, other.grad, rtol=1e-8, atol=1e-8)
-    # Gradients by name, as a state dict: what loads the weights loads them, too.
-    wanted = {name: tensor.clone() for name, tensor in state.state_dict().items()}
-    wanted.update({name: p.grad for name, p in state.named_parameters()})
-    found = {name: p.grad.clone() for name, p in mixer.named_parameters()}
+    # Gradients and statistics as a state dict: what loads the weights loads them, too.
+    wanted, found = (_after(module) for module in (state, mixer))
     mixer.load_state_dict(wanted, strict=True)
-    for name, parameter in mixer.named_parameters():
-        torch.testing.assert_close(found[name], parameter.data, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(found, mixer.state_dict(), rtol=1e-8, atol=1e-8)
+
+
+def _after(module: nn.Module) -> dict[str, Any]:
+    """Gradients of the parameters, and the buffers."""
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    return state | {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
+def _train(module: Any, training: bool) -> None:
+    """timm's own `train` returns nothing, which that of a parent cannot take."""
+    for part in module.modules():
+        part.training = training
 
 
 def _tokens(module: Any) -> Callable[[Tensor], Tensor]:
@@ -125,3 +137,28 @@ def test_channel(arguments: dict[str, Any], size: tuple[int, int]) -> None:
 def test_channel_v2(arguments: dict[str, Any], size: tuple[int, int]) -> None:
     theirs = _random(TimmChannelAttentionV2(24, **arguments))
     _assert_same(ChannelAttentionV2(24, **arguments), theirs, _tokens(theirs), _map(*size, 24))
+
+
+@pytest.mark.parametrize("size", [(7, 7), (14, 14), (10, 9), (3, 8)], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"key_dim": 8, "num_heads": 2, "attn_ratio": 2, "kernels": (5, 3)},
+        {"key_dim": 5, "num_heads": 4, "attn_ratio": 1.6, "resolution": 4, "kernels": (7, 5, 3, 1)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_cascaded_group(arguments: dict[str, Any], size: tuple[int, int], training: bool) -> None:
+    theirs = _random(TimmLocalWindowAttention(32, **arguments))
+    _train(theirs, training)
+    _assert_same(
+        CascadedGroupAttention(32, **arguments), theirs, _channels_last(theirs), _map(*size, 32)
+    )
+
+
+def test_cascaded_group_of_the_whole_map() -> None:
+    arguments = {"key_dim": 8, "num_heads": 2, "attn_ratio": 2, "resolution": 9, "kernels": (5, 5)}
+    theirs = _random(TimmCascadedGroupAttention(32, **arguments))
+    mixer = CascadedGroupAttention(32, window_resolution=9, **arguments)
+    _assert_same(mixer, theirs, _channels_last(theirs), _map(9, 9, 32))

@@ -1,9 +1,9 @@
 """Window attention whose windows fit one tile: their tokens are queries and keys of one product.
 
-A program takes one window of a head, or a patch of several tiny ones, and walks over the images and, where they look alike, over the
-windows above each other. What depends on the place in the window only, the relative position bias
-and the mask, stays in registers meanwhile; the softmax is done in one step. No kernel has atomics,
-so runs are bit-equal.
+A program takes one window of a head, or a patch of several tiny ones, and walks over the images
+and, where they look alike, over the windows above each other. What depends on the place in the
+window only, the relative position bias and the mask, stays in registers meanwhile; the softmax is
+done in one step. No kernel has atomics, so runs are bit-equal.
 
 Along an axis, window number t holds the positions t * size - lead ... of a residue class modulo
 the dilation. Before the axis there are none: as by the cyclic shift of Swin (Liu et al., arXiv

@@ -11,7 +11,7 @@ import numbers
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -250,6 +250,24 @@ def _fits(value: Any, hint: Any) -> bool:
 def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
     """`(B, H, W, heads)` cropped, or padded with zeros, at the bottom and right."""
     return F.pad(x, (0, 0, 0, size[1] - x.shape[2], 0, size[0] - x.shape[1]))
+
+
+def weights_on_values(
+    attend: Callable[[Tensor], Tensor], x: Tensor, num_heads: int, query: tuple[int, int]
+) -> Tensor:
+    """What `attend`, linear in values, puts on every position at one: `(B, num_heads, H, W)`.
+
+    Args:
+        attend: of values `(B, H, W, num_heads, 1)` to outputs of that shape.
+        x: the map `(B, H, W, C)`.
+        num_heads: number of heads.
+        query: row and column of the output.
+    """
+    with torch.enable_grad():
+        value = x.new_ones((*x.shape[:3], num_heads, 1), requires_grad=True)
+        output = attend(value)[:, query[0], query[1]]
+        (weights,) = torch.autograd.grad(output.sum(), value)
+    return weights[..., 0].movedim(-1, 1)
 
 
 def qkv_heads(

@@ -49,7 +49,9 @@ from vitarium.ops.neighborhood import (
     neighborhood_attention,
 )
 from vitarium.ops.outlook import OutlookAttention, outlook_attention
+from vitarium.ops.position_aware import PositionAwareAttention
 from vitarium.ops.retention import RetentionAttention, RetentionState
+from vitarium.ops.tap import TokenAwarePooling, attention_diversification_loss, with_attention_maps
 from vitarium.ops.ulsam import SubspaceAttention
 from vitarium.ops.window import window_attention
 from vitarium.ops.window_mixers import GridAttention, WindowAttention
@@ -97,14 +99,17 @@ __all__ = [
     "NeighborhoodAttention",
     "OutlookAttention",
     "OverlappingCrossAttention",
+    "PositionAwareAttention",
     "RetentionAttention",
     "RetentionState",
     "SimpleRMSNorm",
     "SingleHeadAttention",
     "SubspaceAttention",
+    "TokenAwarePooling",
     "WindowAttention",
     "aggregated_attention",
     "attention",
+    "attention_diversification_loss",
     "backend",
     "bilevel_routing_attention",
     "build_mixer",
@@ -120,4 +125,5 @@ __all__ = [
     "qkv_heads",
     "route",
     "window_attention",
+    "with_attention_maps",
 ]

@@ -118,6 +118,15 @@ class MultiHeadAttention(Mixer, name="attention"):
         output = self._attend(x, query, key, value, is_causal=self.is_causal)
         return self.proj_drop(self.proj(output.flatten(-2)))
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Some official code has queries apart from keys and values.
+        for kind in ("weight", "bias"):
+            parts = [f"{prefix}{name}.{kind}" for name in ("q", "kv")]
+            if all(part in state_dict for part in parts):
+                joined = torch.cat([state_dict.pop(part) for part in parts])
+                state_dict[f"{prefix}qkv.{kind}"] = joined
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         parts = [f"num_heads={self.num_heads}"]
         if self.num_heads_kv != self.num_heads:

@@ -1,5 +1,6 @@
 """Token mixers: stateless operators, their Triton kernels, and modules."""
 
+from vitarium.ops.agent import agent_attention
 from vitarium.ops.aggregated import aggregated_attention
 from vitarium.ops.aggregated_mixers import AggregatedAttention, AggregatedMixtureOfHeadAttention
 from vitarium.ops.attention import attention
@@ -22,6 +23,7 @@ from vitarium.ops.dense_mixers import (
 )
 from vitarium.ops.disc import DiscAttention
 from vitarium.ops.dispatch import BACKENDS, OPERATORS, Case, backend
+from vitarium.ops.flow import FlowAttention, flow_attention
 from vitarium.ops.flow_causal import FlowAttentionCausal, flow_attention_causal
 from vitarium.ops.focal import FocalModulation
 from vitarium.ops.gaussian_adaptive import GaussianAdaptiveAttention, GaussianBlock
@@ -33,6 +35,7 @@ from vitarium.ops.inline_mixers import (
     InLineAttention,
     InLineWindowAttention,
 )
+from vitarium.ops.kmeans_routing import KmeansRoutingAttention
 from vitarium.ops.lightning import LightningAttention, SimpleRMSNorm, lightning_slopes
 from vitarium.ops.linear import linear_attention
 from vitarium.ops.linear_mixers import (
@@ -72,6 +75,7 @@ __all__ = [
     "CrossShapedInLineAttention",
     "DiscAttention",
     "DynamicPositionBias",
+    "FlowAttention",
     "FlowAttentionCausal",
     "FocalModulation",
     "FocusedLinearAttention",
@@ -87,6 +91,7 @@ __all__ = [
     "InLineAttention",
     "InLineWindowAttention",
     "KeyDrivenGroupedQueryAttention",
+    "KmeansRoutingAttention",
     "LengthScaledCosineAttention",
     "LightningAttention",
     "LinearAttention",
@@ -107,6 +112,7 @@ __all__ = [
     "SubspaceAttention",
     "TokenAwarePooling",
     "WindowAttention",
+    "agent_attention",
     "aggregated_attention",
     "attention",
     "attention_diversification_loss",
@@ -116,6 +122,7 @@ __all__ = [
     "causal_linear_attention",
     "causal_linear_step",
     "channel_attention",
+    "flow_attention",
     "flow_attention_causal",
     "lightning_slopes",
     "linear_attention",

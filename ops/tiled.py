@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vitarium.ops.additive import Additive
+from vitarium.ops.fused_windows import attend_tile
 from vitarium.ops.plan import Plan
 from vitarium.ops.softmax import Softmax
 from vitarium.ops.strips import attend_strips
@@ -78,17 +79,8 @@ def _attend_dense(
 ) -> Tensor:
     """One tile: the CPU's fused attention on the tensors as they are."""
     additive = Additive(plan.axes, bias, query.dtype, plan.work)
-    shape, group = query.shape, query.shape[-2] // key.shape[-2]
-    tensors = (tensor.flatten(1, -3).transpose(1, 2) for tensor in (query, key, value))
-    # It takes strides for all dimensions but the last.
-    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
-    if group > 1:
-        key, value = (tensor.repeat_interleave(group, 1) for tensor in (key, value))
-    mask = additive.band(plan.bands[0]).movedim(1, 0) if additive.needed else None
-    output, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, attn_mask=mask, scale=scale
-    )
-    return output.transpose(1, 2).contiguous().view(shape)
+    table = additive.band(plan.bands[0]) if additive.needed else None
+    return attend_tile(query, key, value, table, scale)
 
 
 def _attend_tiles(

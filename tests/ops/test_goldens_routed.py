@@ -19,6 +19,7 @@ def _goldens(*kinds):
 GROUPED = _goldens("gqa", "kdgqa", "dgqa")
 SUBSPACE = _goldens("ulsam")
 GAUSSIAN = _goldens("gaam")
+KMEANS = _goldens("routing_kmeans")
 
 
 def _draw(*shapes):
@@ -91,7 +92,37 @@ def test_gaussian_adaptive_attention(path, parity):
     _close(mixer.eval()(x[:, :, None]), golden["output"]["data"])
 
 
+@pytest.mark.parametrize("implementation", ["reference", "torch"])
+@pytest.mark.parametrize("path", KMEANS)
+@torch.no_grad()
+def test_kmeans_routing(path, implementation, parity):
+    """Without projections, which the official module does not have; those of ours are dropped."""
+    golden = parity.load(path)
+    arguments = dict(golden["constructor"])
+    (names,) = golden["input"]
+    shape = golden["input"][names]["shape"]
+    query, key, value = (x.transpose(1, 2) for x in _draw(*[shape] * 3))
+    dim = arguments["num_heads"] * arguments["head_dim"]
+    arguments.pop("receives_context", None)
+    mixer = build_mixer(("kmeans_routing", arguments), dim, dtype=torch.float64)
+    projections = {key: x for key, x in mixer.state_dict().items() if key.startswith("to_")}
+    weights = parity.state_dict(golden["state_dict"])
+    weights["kmeans.initted"].fill_(1)
+    mixer.load_state_dict({**projections, **weights}, strict=True)
+    mixer.eval()
+    with backend(implementation):
+        routes = mixer.route(query, key)
+        output = mixer.attend(query, key, value, routes)
+    _close(output.transpose(1, 2), golden["output"]["out"]["data"])
+    times = torch.nn.functional.one_hot(routes[0].flatten(2), shape[2]).sum(2)
+    _close(times.double(), golden["output"]["times_each_query_was_selected"]["data"])
+    assert mixer.commitment_loss is None
+    mixer.train().route(query, key)
+    _close(mixer.commitment_loss, golden["aux_loss"])
+
+
 def test_every_kind_has_goldens():
+    assert KMEANS
     assert len(GROUPED) >= 4
     assert SUBSPACE
     assert len(GAUSSIAN) >= 3

@@ -85,10 +85,12 @@ def test_dtypes_devices_and_compile(name: str, example: dict[str, Any]) -> None:
 
     expected = fresh(torch.float64)(x.double())
     torch.testing.assert_close(mixer(x).double(), expected, rtol=1e-4, atol=1e-5)
-    half = fresh(torch.bfloat16)(x.bfloat16())
-    assert half.dtype == torch.bfloat16
+    # Of routes that are learned in training, small differences make large ones.
+    half, wide = (fresh(d).train(not mixer.routed) for d in (torch.bfloat16, torch.float64))
+    found, wanted = half(x.bfloat16()), wide(x.double())
+    assert found.dtype == torch.bfloat16
     # A few places may differ more: where rounding decides what a token is routed to.
-    near = (half.double() - expected).abs() <= 0.05 + 0.1 * expected.abs()
+    near = (found.double() - wanted).abs() <= 0.05 + 0.1 * wanted.abs()
     assert near.double().mean() > (0.97 if mixer.routed else 0.999)
     assert _build(name, example, device="meta")(x.to("meta")).shape == x.shape
     torch._dynamo.reset()

@@ -248,12 +248,20 @@ def _triton_refuses(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> st
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    *call, _ = args
+    *call, fused = args
+    if fused:
+        from vitarium.ops.kernels import linear as kernels
+
+        return kernels.forward(*call)
     return portable.forward(*call)
 
 
 def _backward(grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-    *call, _, needs = args
+    *call, fused, needs = args
+    if fused:
+        from vitarium.ops.kernels import linear as kernels
+
+        return kernels.backward(grad, *call, needs)
     return portable.backward(grad, *call, needs)
 
 
@@ -349,6 +357,18 @@ CASES = (
     _case("no images", (2, 2), batch=0, feature_map="relu"),
 )
 
+LAUNCHES = [
+    _case(
+        f"{normalization}, head_dim {dim}",
+        (64, 64),
+        dims=(dim, dim),
+        feature_map="elu",
+        normalization=normalization,
+    )
+    for dim in (32, 64, 128, 256)
+    for normalization in (NORMALIZATIONS if dim == 64 else NORMALIZATIONS[:1])
+]
+
 OPERATOR = Operator(
-    NAME, linear_attention, _IMPLEMENTATIONS, CASES, _OPERATION, (), context="any size"
+    NAME, linear_attention, _IMPLEMENTATIONS, CASES, _OPERATION, LAUNCHES, context="any size"
 )

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from timm.layers.halo_attn import HaloAttn
+from timm.models.davit import ChannelAttention, ChannelAttentionV2
+from timm.models.efficientvit_msra import LocalWindowAttention
+from timm.models.focalnet import FocalModulation
 from timm.models.maxxvit import (
     MaxxVitTransformerCfg,
     PartitionAttentionCl,
@@ -12,6 +16,7 @@ from timm.models.maxxvit import (
 from timm.models.shvit import SHSA
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import Attention
+from timm.models.volo import OutlookAttention
 from torch import Tensor, nn
 
 from vitarium.benchmarks.mixers import Build, Contest
@@ -39,9 +44,11 @@ def _loaded(module: nn.Module, mixer: Mixer) -> nn.Module:
     return module
 
 
-def _loaded_convolutions(module: nn.Module, mixer: Mixer) -> nn.Module:
+def _loaded_convolutions(
+    module: nn.Module, mixer: Mixer, renamed: Callable[[str], str] = str
+) -> nn.Module:
     """The same, where the mixer's linear layers are the module's 1x1 convolutions."""
-    state = mixer.state_dict()
+    state = {renamed(name): tensor for name, tensor in mixer.state_dict().items()}
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     module.load_state_dict({name: state[name].view(shape) for name, shape in shapes.items()})
     return module
@@ -106,6 +113,52 @@ def _shvit(mixer: Mixer, size: tuple[int, int]) -> nn.Module:
     )
 
 
+def _volo(mixer: Mixer, size: tuple[int, int]) -> nn.Module:
+    """timm's outlook attention."""
+    kernel = {name: getattr(mixer, name) for name in ("kernel_size", "padding", "stride")}
+    return _loaded(OutlookAttention(mixer.dim, mixer.num_heads, **kernel), mixer)
+
+
+def _focalnet(mixer: Mixer, size: tuple[int, int]) -> nn.Module:
+    """timm's focal modulation."""
+    return _loaded_convolutions(
+        FocalModulation(mixer.dim, mixer.focal_window, mixer.focal_level), mixer
+    )
+
+
+def _davit(kind: type[nn.Module]) -> Build:
+    """timm's channel attention, on the map's tokens as a sequence."""
+
+    def build(mixer: Mixer, size: tuple[int, int]) -> nn.Module:
+        bias = mixer.qkv.bias is not None
+        module = _loaded(kind(mixer.dim, mixer.num_heads, qkv_bias=bias), mixer)
+        return _Through(module, lambda x: module(x.flatten(1, 2)).view(x.shape))
+
+    return build
+
+
+def _efficientvit(mixer: Mixer, size: tuple[int, int]) -> nn.Module:
+    """timm's cascaded group attention in windows."""
+    key_dim, _, value_dim = mixer.widths
+    module = LocalWindowAttention(
+        mixer.dim,
+        key_dim,
+        mixer.num_heads,
+        attn_ratio=value_dim / key_dim,
+        resolution=size[0],
+        window_resolution=mixer.window_resolution,
+        kernels=[dw.c.kernel_size[0] for dw in mixer.dws],
+    )
+    _loaded_convolutions(module.attn, mixer, lambda name: name.replace(".c.", ".conv."))
+
+    def run(x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # in evaluation it keeps its bias, with the graph it came by
+            module.attn.attention_bias_cache.clear()
+        return module(x)
+
+    return _Through(module, run)
+
+
 SWIN = {"timm_eager": _swin(False), "timm_sdpa": _swin(True)}
 SHIFTED = {"timm_eager": _swin(False, 3), "timm_sdpa": _swin(True, 3)}
 
@@ -133,4 +186,24 @@ CONTESTS: list[Contest] = [
     Contest("14x14 C 128 pdim 32", "single_head", 128, (14, 14), {"pdim": 32},
             {"timm_nchw": _shvit}),
     Contest("7x7 C 224 pdim 48", "single_head", 224, (7, 7), {"pdim": 48}, {"timm_nchw": _shvit}),
+    Contest("28x28 C 192 kernel 3 stride 2", "outlook", 192, (28, 28),
+            {"num_heads": 6, "stride": 2}, {"timm": _volo}),
+    *(
+        Contest(f"{side}x{side} C {dim} levels 3", "focal", dim, (side, side),
+                {"focal_window": 3, "focal_level": 3}, {"timm_nchw": _focalnet})
+        for side, dim in ((56, 96), (14, 384))
+    ),
+    *(
+        Contest(f"{side}x{side} C {dim} channels", name, dim, (side, side),
+                {"num_heads": dim // 32}, {"timm": _davit(kind)})
+        for name, kind in (("channel", ChannelAttention), ("channel_v2", ChannelAttentionV2))
+        for side, dim in ((56, 96), (14, 384))
+    ),
+    Contest("14x14 C 128 window 7 heads 4", "cascaded_group", 128, (14, 14),
+            {"key_dim": 16, "num_heads": 4, "attn_ratio": 2, "kernels": (7, 5, 3, 3)},
+            {"timm_nchw": _efficientvit}),
+    Contest("7x7 C 384 window 7 heads 4", "cascaded_group", 384, (7, 7),
+            {"key_dim": 16, "num_heads": 4, "attn_ratio": 6, "kernels": (7, 5, 3, 3),
+             "resolution": 7},
+            {"timm_nchw": _efficientvit}),
 ]  # fmt: skip

@@ -1,6 +1,12 @@
 """Token mixers: stateless operators, their Triton kernels, and modules."""
 
 from vitarium.ops.agent import agent_attention
+from vitarium.ops.agent_mixers import AgentAttention, AgentReducedAttention
+from vitarium.ops.agent_windows import (
+    AgentCrossShapedAttention,
+    AgentStripes,
+    AgentWindowAttention,
+)
 from vitarium.ops.aggregated import aggregated_attention
 from vitarium.ops.aggregated_mixers import AggregatedAttention, AggregatedMixtureOfHeadAttention
 from vitarium.ops.attention import attention
@@ -11,6 +17,7 @@ from vitarium.ops.bilevel_mixers import (
 )
 from vitarium.ops.bilevel_routing import bilevel_routing_attention, route
 from vitarium.ops.cascaded_group import CascadedGroupAttention
+from vitarium.ops.catanet import OverlappingPatchAttention, TokenAggregationAttention
 from vitarium.ops.causal_linear import causal_linear_attention, causal_linear_step
 from vitarium.ops.channel import ChannelAttention, ChannelAttentionV2, channel_attention
 from vitarium.ops.crossformer import DynamicPositionBias, LongShortDistanceAttention
@@ -63,6 +70,11 @@ __all__ = [
     "BACKENDS",
     "MIXERS",
     "OPERATORS",
+    "AgentAttention",
+    "AgentCrossShapedAttention",
+    "AgentReducedAttention",
+    "AgentStripes",
+    "AgentWindowAttention",
     "AggregatedAttention",
     "AggregatedMixtureOfHeadAttention",
     "AttentionLePE",
@@ -104,12 +116,14 @@ __all__ = [
     "NeighborhoodAttention",
     "OutlookAttention",
     "OverlappingCrossAttention",
+    "OverlappingPatchAttention",
     "PositionAwareAttention",
     "RetentionAttention",
     "RetentionState",
     "SimpleRMSNorm",
     "SingleHeadAttention",
     "SubspaceAttention",
+    "TokenAggregationAttention",
     "TokenAwarePooling",
     "WindowAttention",
     "agent_attention",

@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from vitarium.ops import backend, build_mixer
+from vitarium.ops.catanet import _patches
 
 FOLDER = Path(__file__).parents[1] / "data" / "parity" / "ops"
 
@@ -20,6 +22,8 @@ GROUPED = _goldens("gqa", "kdgqa", "dgqa")
 SUBSPACE = _goldens("ulsam")
 GAUSSIAN = _goldens("gaam")
 KMEANS = _goldens("routing_kmeans")
+AGGREGATION = _goldens("catanet_tab")
+PATCHES = _goldens("catanet_lrsa")
 
 
 def _draw(*shapes):
@@ -121,7 +125,69 @@ def test_kmeans_routing(path, implementation, parity):
     _close(mixer.commitment_loss, golden["aux_loss"])
 
 
+def _norm(x, weights, name):
+    return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+
+def _catanet_feed_forward(x, weights, name):
+    """The rest of CATANet's layers, on a map `(B, H, W, C)`: what is no mixer."""
+    hidden = F.linear(_norm(x, weights, f"{name}.norm"), weights[f"{name}.fn.fc1.weight"])
+    hidden = F.gelu(hidden + weights[f"{name}.fn.fc1.bias"])
+    kernel = [weights[f"{name}.fn.dwconv.depthwise_conv.0.{part}"] for part in ("weight", "bias")]
+    near = F.conv2d(hidden.permute(0, 3, 1, 2), *kernel, padding="same", groups=len(kernel[1]))
+    hidden = hidden + F.gelu(near).permute(0, 2, 3, 1)
+    hidden = F.linear(hidden, weights[f"{name}.fn.fc2.weight"], weights[f"{name}.fn.fc2.bias"])
+    return x + hidden
+
+
+def _catanet(golden, name, parity, **kwargs):
+    """The mixer, the official weights and the map."""
+    arguments = {k: v for k, v in golden["constructor"].items() if k != "mlp_dim"} | kwargs
+    arguments["num_heads"] = arguments.pop("heads", 1)
+    mixer = build_mixer((name, arguments), arguments.pop("dim"), dtype=torch.float64).eval()
+    weights = parity.state_dict(golden["state_dict"])
+    if "initted" in weights:
+        weights["initted"].fill_("initted False" not in golden["notes"])
+    mixer.load_state_dict(weights, strict=True)
+    (x,) = _draw(golden["input"]["x"]["shape"])
+    return mixer, weights, x.permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "torch"])
+@pytest.mark.parametrize("path", AGGREGATION)
+@torch.no_grad()
+def test_token_aggregation(path, implementation, parity):
+    golden = parity.load(path)
+    mixer, weights, x = _catanet(golden, "token_aggregation", parity)
+    normed = _norm(x, weights, "norm")
+    with backend(implementation):
+        output = x + mixer(normed)
+    output = _catanet_feed_forward(output, weights, "mlp")
+    _close(output.permute(0, 3, 1, 2), golden["output"]["data"])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "torch"])
+@pytest.mark.parametrize("path", PATCHES)
+@torch.no_grad()
+def test_overlapping_patches(path, implementation, parity):
+    """The residual passes through the patches, too; it is attention that leaves tokens alone."""
+    golden = parity.load(path)
+    size = golden["input"]["ps"]
+    mixer, weights, x = _catanet(golden, "overlapping_patches", parity, patch_size=size)
+    factors = []
+    for length in x.shape[1:3]:
+        index, factor = _patches(length, min(size, length), x.device)
+        factors.append(factor * torch.bincount(index.flatten(), minlength=length))
+    with backend(implementation):
+        output = mixer(_norm(x, weights, "layer.0.norm"))
+    output = output + x * (factors[0][:, None] * factors[1])[..., None]
+    output = _catanet_feed_forward(output, weights, "layer.1")
+    _close(output.permute(0, 3, 1, 2), golden["output"]["data"])
+
+
 def test_every_kind_has_goldens():
+    assert len(AGGREGATION) >= 3
+    assert PATCHES
     assert KMEANS
     assert len(GROUPED) >= 4
     assert SUBSPACE

@@ -23,22 +23,17 @@ SLOWEST = -1e30  # base-2 logarithm in place of that of decay 0: finite, for it 
 
 # By element size and padded head_dim: tokens of a chunk, value channels of a launch, num_warps,
 # num_stages and, where the assembler would else spill, max_registers. Read off ahead-of-time
-# compilation.
+# compilation. Wider heads take several launches, one for each part of head_dim: the output is a sum
+# over its channels.
 _SIZES: dict[int, dict[int, tuple[int, ...]]] = {
     2: {
         16: (64, 64, 4, 3),
         32: (64, 64, 4, 3),
-        64: (64, 64, 4, 2),
-        128: (64, 64, 8, 2),
-        256: (32, 32, 8, 2),
+        64: (32, 64, 4, 3, 255),
+        128: (32, 64, 8, 2, 255),
+        256: (16, 32, 8, 1),
     },
-    4: {
-        16: (32, 32, 4, 2),
-        32: (32, 32, 4, 2),
-        64: (32, 32, 8, 2),
-        128: (16, 32, 8, 1),
-        256: (16, 16, 8, 1),
-    },
+    4: {16: (32, 32, 4, 2, 255), 32: (32, 32, 8, 2)},
 }
 
 
@@ -66,8 +61,10 @@ def attend(
     output = query.new_empty(*query.shape[:-1], value.shape[-1])
     if not output.numel():
         return output
-    padded = launch.widths(query, value)["BLOCK_D"]
-    block, width, num_warps, num_stages, *registers = _SIZES[query.element_size()][padded]
+    rates = _rates(tuple(decays), query.device)
+    sizes = _SIZES[query.element_size()]
+    widest = min(max(sizes), max(16, 1 << (query.shape[-1] - 1).bit_length()))
+    block, width, num_warps, num_stages, *registers = sizes[widest]
     options = {
         "num_warps": num_warps,
         "num_stages": num_stages,
@@ -75,10 +72,14 @@ def attend(
         "BLOCK": block,
         "REVERSE": reverse,
     }
-    rates = _rates(tuple(decays), query.device)
     for start in range(0, value.shape[-1], width):
         part = slice(start, start + width)
-        _launch(query, key, value[..., part], output[..., part], rates, scale, options)
+        for first in range(0, query.shape[-1], widest):
+            channels = slice(first, first + widest)
+            _launch(
+                query[..., channels], key[..., channels], value[..., part], output[..., part],
+                rates, scale, first > 0, options,
+            )  # fmt: skip
     return output
 
 
@@ -89,6 +90,7 @@ def _launch(
     output: Tensor,
     rates: Tensor | None,
     scale: float,
+    adds: bool,
     options: dict[str, Any],
 ) -> None:
     batch, tokens, heads, _ = query.shape
@@ -126,5 +128,6 @@ def _launch(
         output=view(output),
         segments=segments,
         scale=scale,
+        ADDS=adds,
         **arguments,
     )

@@ -92,6 +92,7 @@ def attend_kernel(
     segments, chunks,  # chunks of a segment
     scale,
     REVERSE: tl.constexpr,  # tokens attend to themselves and later ones
+    ADDS: tl.constexpr,  # to what the output holds
     FORGETS: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, LARGE: tl.constexpr, ALIGN: tl.constexpr,
@@ -130,7 +131,12 @@ def attend_kernel(
         else:
             scores = tl.where(earlier >= 0, scores, 0.0)
         out = dot(scores.to(v.dtype), v, past, PRECISION, UPCAST)
+        out *= scale
+        if ADDS:
+            out += load_vectors(
+                output, first, head, token, present, VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN
+            ).to(tl.float32)
         store_vectors(
-            output, first, head, token, present, out * scale, VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN
+            output, first, head, token, present, out, VALUE_D, BLOCK_VALUE_D, LARGE, ALIGN
         )
         state = absorb(state, k, v, rate, place, BLOCK, FORGETS, PRECISION, UPCAST)

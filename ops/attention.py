@@ -83,7 +83,7 @@ def check(
     if not fits:
         _complain(name, query, key, value)
     if bias is not None:
-        _check_bias(name, bias, query, key)
+        check_bias(name, bias, query, key)
     if not isinstance(is_causal, bool):
         raise TypeError(f"{name}: is_causal must be True or False, got {is_causal!r}")
     return dispatch.check_scale(name, scale, query)
@@ -122,22 +122,38 @@ def _complain(name: str, query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
-def _check_bias(name: str, bias: Any, query: Tensor, key: Tensor) -> None:
+def check_bias(
+    name: str,
+    bias: Any,
+    query: Tensor,
+    key: Tensor,
+    argument: str = "bias",
+    *,
+    batched: bool = True,
+) -> None:
+    """Raises unless the bias is one for the scores of query and key; `batched`: maybe of images."""
     if not isinstance(bias, Tensor):
-        raise TypeError(f"{name}: bias must be a tensor or None, got {type(bias).__name__}")
+        raise TypeError(f"{name}: {argument} must be a tensor or None, got {type(bias).__name__}")
     if not bias.is_floating_point():
-        raise TypeError(f"{name}: bias must be floating-point, got {bias.dtype}")
+        raise TypeError(f"{name}: {argument} must be floating-point, got {bias.dtype}")
     if bias.device != query.device:
-        raise ValueError(f"{name}: bias is on {bias.device}, query on {query.device}")
+        raise ValueError(f"{name}: {argument} is on {bias.device}, query on {query.device}")
     tokens = (math.prod(query.shape[1:-2]), math.prod(key.shape[1:-2]))
     batch, heads = query.shape[0], query.shape[-2]
     shape = tuple(bias.shape)
+    if not batched:
+        if shape != (heads, *tokens):
+            raise ValueError(
+                f"{name}: {argument} has shape {shape}; allowed is {(heads, *tokens)}, "
+                "(num_heads, queries, keys) of its stage"
+            )
+        return
     fits = len(shape) in (3, 4) and shape[-2:] == tokens and shape[-3] in (1, heads)
     if not fits or (len(shape) == 4 and shape[0] not in (1, batch)):
         last = f"{heads} or 1, {tokens[0]}, {tokens[1]}"
         raise ValueError(
-            f"{name}: bias has shape {shape}; allowed are ({last}) and ({batch} or 1, {last}), "
-            "(batch, num_heads, queries, keys)"
+            f"{name}: {argument} has shape {shape}; allowed are ({last}) and ({batch} or 1, "
+            f"{last}), (batch, num_heads, queries, keys)"
         )
 
 

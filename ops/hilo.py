@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitarium.ops import dispatch
 from vitarium.ops.attention import attention
-from vitarium.ops.mixer import Mixer, qkv_heads
+from vitarium.ops.mixer import Mixer, qkv_heads, spread
 from vitarium.ops.window import window_attention
 
 
@@ -125,16 +125,13 @@ class HiLoAttention(Mixer, name="hilo"):
         return x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).mean((2, 4))
 
     def _followed(self, calls: Sequence[dispatch.Call], wanted: Tensor) -> Tensor:
-        height, width = wanted.shape[-2:]
-        side, found = self.window_size, []
+        found = []
         for call in calls:
-            if call.operator == "window_attention" or side == 1:
+            if call.operator == "window_attention" or self.window_size == 1:
                 found.append(self._weights(call, wanted))
-                continue
-            # A key is a cell: its tokens have equal shares of its weight.
-            cells = self._key_weights(call, wanted).movedim(-1, 1)
-            spread = cells.repeat_interleave(side, -1).repeat_interleave(side, -2) / side**2
-            found.append(spread[..., :height, :width])
+            else:  # a key is a cell
+                cells = self._key_weights(call, wanted)
+                found.append(spread(cells, self.window_size, wanted.shape[-2:]))
         return torch.cat(found, 1)
 
     def extra_repr(self) -> str:

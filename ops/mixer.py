@@ -270,6 +270,16 @@ def weights_on_values(
     return weights[..., 0].movedim(-1, 1)
 
 
+def spread(cells: Tensor, side: int, size: Sequence[int]) -> Tensor:
+    """Weights of cells of the map, `(B, H', W', heads)`, in equal shares on their tokens.
+
+    Returns:
+        `(B, heads, H, W)` for a map of `size`, which cells of `side` x `side` tokens cover.
+    """
+    tokens = cells.repeat_interleave(side, 1).repeat_interleave(side, 2) / side**2
+    return tokens[:, : size[0], : size[1]].movedim(-1, 1)
+
+
 def qkv_heads(
     qkv: nn.Linear, x: Tensor, num_heads: int, context: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,15 +14,18 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vitarium.ops import agent_portable as portable
 from vitarium.ops import dispatch
 from vitarium.ops.attention import attend, check, check_bias, training
 from vitarium.ops.differentiable import Differentiable
-from vitarium.ops.dispatch import Case, Operator
+from vitarium.ops.dispatch import Case, Implementation, Operator
 
 NAME = "agent_attention"
+# Scores of a call up to which ordinary operations are as fast as any, in inference and training.
+SMALL = (1 << 18, 1 << 19)
 
 Shape = Sequence[int]
 
@@ -106,6 +109,26 @@ def _reference(
     return attend(query, agent, gathered, query_bias, False, scale, False)
 
 
+def _portable(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    agent: Tensor,
+    agent_bias: Tensor | None,
+    query_bias: Tensor | None,
+    scale: float,
+    training: bool,
+) -> Tensor:
+    """What is fastest where the kernels do not run."""
+    args = (query, key, value, agent, agent_bias, query_bias, scale, training)
+    if dispatch.plain_aten():
+        return _reference(*args)
+    scores = _products(query.shape, key.shape, agent.shape)
+    if scores <= SMALL[training] and query.is_cpu and not torch.compiler.is_compiling():
+        return portable.small(*args[:-1])
+    return _OPERATION(*args, fused=False)
+
+
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, agent: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
@@ -177,9 +200,12 @@ _OPERATION = Differentiable(
     flops=_flops,
     backward_flops=_backward_flops,
 )
-_IMPLEMENTATIONS = _OPERATION.implementations(
-    reference=_reference, plain=_reference, refuses=dispatch.triton_refuses
-)
+_IMPLEMENTATIONS = {
+    **_OPERATION.implementations(
+        reference=_reference, plain=_reference, refuses=dispatch.triton_refuses
+    ),
+    "torch": Implementation(_portable),
+}
 
 
 def _case(

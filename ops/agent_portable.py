@@ -83,7 +83,7 @@ class _Saved:
 class _Images:
     """Some images: their tensors as stacks of matrices, one for every image and head.
 
-    Of a single image they are views in float32; products in half precision rearrange operands.
+    Those of a single image are views in float32; products in half precision rearrange operands.
     """
 
     def __init__(self, start: int, stop: int, heads: int, work: Workspace) -> None:
@@ -91,26 +91,20 @@ class _Images:
         self.pairs = stop - start, heads
         self.work = work
 
-    def _view(self, x: Tensor) -> tuple[Tensor, bool]:
-        part = x[self.images].transpose(1, 2)
-        return part, len(part) == 1 and part.stride(-1) == 1 and x.element_size() > 2
-
     def operand(self, x: Tensor, name: str) -> Tensor:
         """`(images and heads, tokens, channels)` of `(B, tokens, heads, channels)`."""
-        part, serves = self._view(x)
-        if serves:
+        part = x[self.images].transpose(1, 2)
+        if len(part) == 1 and part.stride(-1) == 1 and x.element_size() > 2:
             return part[0]
         return self.work.take(name, part.shape, x.dtype).copy_(part).flatten(0, 1)
 
     def target(self, x: Tensor, name: str) -> Tensor:
-        """Room for results of that shape, to be `written` to x."""
-        part, serves = self._view(x)
-        return part[0] if serves else self.work.take(name, part.shape, x.dtype).flatten(0, 1)
+        """Room for results of that shape, to be `written` to x: products into it are faster."""
+        shape = x[self.images].transpose(1, 2).shape
+        return self.work.take(name, shape, x.dtype).flatten(0, 1)
 
     def written(self, result: Tensor, x: Tensor) -> None:
-        part, serves = self._view(x)
-        if not serves:
-            part.copy_(result.unflatten(0, self.pairs))
+        x[self.images].transpose(1, 2).copy_(result.unflatten(0, self.pairs))
 
     def stack(self, x: Tensor | None) -> Tensor | None:
         """`(images and heads, tokens, channels)` of `(B, heads, tokens, channels)`."""
@@ -132,6 +126,39 @@ def _pieces(query: Tensor, agent: Tensor, work: Workspace) -> Iterator[tuple[_Im
 def _table(bias: Tensor | None, softmax: Softmax) -> Tensor | None:
     """The bias `(heads, 1, rows, keys)` in the dtype that it is added in."""
     return None if bias is None else bias.to(softmax.wide)[:, None]
+
+
+def small(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    agent: Tensor,
+    agent_bias: Tensor | None,
+    query_bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The output in few steps of ordinary operations, which autograd knows."""
+
+    def stack(x: Tensor) -> Tensor:
+        x = flat(x).transpose(1, 2)
+        return x[0] if x.shape[0] == 1 else x.flatten(0, 1)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is None:
+            return torch.bmm(torch.bmm(query, key.mT).softmax(-1), value)
+        bias = bias.to(query.dtype)
+        if len(bias) == len(query):
+            scores = torch.baddbmm(bias, query, key.mT)
+        else:
+            scores = torch.bmm(query, key.mT)
+            scores.unflatten(0, (-1, len(bias))).add_(bias)
+        return torch.bmm(scores.softmax(-1), value)
+
+    agents = stack(agent * scale)
+    gathered = attend(agents, stack(key), stack(value), agent_bias)
+    output = attend(stack(query), agents, gathered, query_bias)
+    output = output.unflatten(0, (-1, query.shape[-2])).transpose(1, 2)
+    return output.contiguous().view(*query.shape[:-1], value.shape[-1])
 
 
 def forward(

@@ -339,3 +339,35 @@ def _grad_bias(query: Tensor, value: Tensor, bias: Tensor, common: dict[str, Any
         **config,
     )
     return (sums[0] if parts == 1 else sums.sum(0)).to(bias.dtype)
+
+
+def bias_gradient(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    logsumexp: Tensor,
+    delta: Tensor,
+    scale: float,
+) -> Tensor:
+    """The gradient of the bias of attention whose others are known.
+
+    Args:
+        grad_output: gradient of the output.
+        query, key, value, bias, scale: as `forward` takes them.
+        logsumexp, delta: `(B, *spatial, num_heads)`, float32: base-2 log-sum-exp of the scores, and
+            the sum of `grad_output` times output over channels.
+    """
+    query, key, value, logsumexp, delta = _flat(query, key, value, logsumexp, delta)
+    grad_output = grad_output.flatten(1, -3)
+    common = {
+        **_arguments(query, key, value, bias, None, False, scale),
+        "logsumexp": logsumexp,
+        "logsumexp_strides": row_strides(logsumexp),
+        "delta": delta,
+        "grad_output": grad_output,
+        "grad_output_strides": map_strides(grad_output),
+        "LARGE": _large(bias, query, key, value, grad_output),
+    }
+    return _grad_bias(query, value, bias, common)

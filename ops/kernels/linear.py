@@ -21,7 +21,7 @@ MAPS = {"identity": 0, "relu": 1, "leaky_relu": 2, "elu": 3}  # as the kernels n
 MODES = {"none": 0, "sum": 1, "injective": 2}
 PLUS = 3
 
-STEP = 64  # channels of a block
+STEPS = {2: 64, 4: 32}  # channels of a block at most, by the bytes of an element
 PROGRAMS = 1024  # that a device can be kept busy with
 MOST_TILES = 8  # of a part: more tokens for every time that a state is read
 
@@ -51,14 +51,20 @@ def plan(
     parts = min(tiles, max(1, -(-PROGRAMS // max(1, programs))))
     each = -(-tiles // parts)
     each = min(each, most) if most else each
-    options = {"BLOCK": block, "num_warps": 4, "num_stages": 3 if kernel == "state" else 2}
+    options = {
+        "BLOCK": block,
+        "num_warps": 4,
+        "num_stages": 3 if kernel == "state" else 2,
+        "max_registers": 255,  # without it the assembler spills a few
+    }
     return -(-tiles // each), each * block, options
 
 
-def _steps(common: dict[str, Any]) -> dict[str, int]:
+def _steps(common: dict[str, Any], element_size: int) -> dict[str, int]:
+    step = STEPS[element_size]
     return {
-        "STEP_D": min(STEP, common["BLOCK_D"]),
-        "STEP_VALUE": min(STEP, common["BLOCK_VALUE_D"]),
+        "STEP_D": min(step, common["BLOCK_D"]),
+        "STEP_VALUE": min(step, common["BLOCK_VALUE_D"]),
     }
 
 
@@ -72,7 +78,7 @@ def _state(
     """`(B, heads, D * VALUE_D + D + VALUE_D)`, see `state_kernel`."""
     images, heads, tokens = key.shape[0], key.shape[-2], _tokens(key)
     common = views(widths(key, value), key=key, value=value)
-    steps = _steps(common)
+    steps = _steps(common, key.element_size())
     blocks = common["BLOCK_D"] // steps["STEP_D"] * common["BLOCK_VALUE_D"] // steps["STEP_VALUE"]
     programs = images * heads * blocks
     parts, length, options = plan("state", key.element_size(), tokens, programs, 0)
@@ -111,7 +117,7 @@ def _read(
     """Writes what the features of `query` read from a state, see `read_kernel`."""
     images, heads, tokens = query.shape[0], query.shape[-2], _tokens(query)
     common = views(widths(query, output), query=query, output=output)
-    steps = _steps(common)
+    steps = _steps(common, query.element_size())
     programs = images * heads * (common["BLOCK_VALUE_D"] // steps["STEP_VALUE"])
     parts, length, options = plan("read", query.element_size(), tokens, programs, MOST_TILES)
     launch(
@@ -150,7 +156,7 @@ def _gradient(
     """Writes the gradient of `query`, see `gradient_kernel`; returns `inverse` and `inner`."""
     images, heads, tokens = query.shape[0], query.shape[-2], _tokens(query)
     common = views(widths(query, rows), query=query, rows=rows, output=output)
-    steps = _steps(common)
+    steps = _steps(common, query.element_size())
     programs = images * heads * (common["BLOCK_D"] // steps["STEP_D"])
     parts, length, options = plan("gradient", query.element_size(), tokens, programs, MOST_TILES)
     inverse = inner = None

@@ -219,14 +219,16 @@ def read_kernel(
         present = token < tokens
         accumulator = tl.zeros([BLOCK, STEP_VALUE], tl.float32)
         weight = tl.full([BLOCK], 0.0, tl.float32) + eps
-        for step in tl.static_range(STEPS):
-            start: tl.constexpr = step * STEP_D
+        for step in range(STEPS):
             if STEPS > 1:
                 matrix = load_matrix(
-                    state, start, value_start, share, count, MODE, D, VALUE_D, STEP_D, STEP_VALUE
-                ).to(dtype)
-                z = load_row(state + D * VALUE_D, start, D, STEP_D) * share
-            x = load_block(query, first, head, token, present, start, D, STEP_D, LARGE, ALIGN)
+                    state, step * STEP_D, value_start, share, count, MODE,
+                    D, VALUE_D, STEP_D, STEP_VALUE,
+                ).to(dtype)  # fmt: skip
+                z = load_row(state + D * VALUE_D, step * STEP_D, D, STEP_D) * share
+            x = load_block(
+                query, first, head, token, present, step * STEP_D, D, STEP_D, LARGE, ALIGN
+            )
             phi = features(x, MAP)
             accumulator = dot(phi.to(dtype), matrix, accumulator, PRECISION, UPCAST)
             if MODE == SUM:
@@ -270,20 +272,22 @@ def gradient_kernel(
         present = token < tokens
         accumulator = tl.zeros([BLOCK, STEP_D], tl.float32)
         product = tl.zeros([BLOCK], tl.float32)
-        for step in tl.static_range(VALUE_STEPS):
-            start: tl.constexpr = step * STEP_VALUE
+        for step in range(VALUE_STEPS):
             if VALUE_STEPS > 1:
                 matrix = load_matrix(
-                    state, own, start, share, count, MODE, D, VALUE_D, STEP_D, STEP_VALUE
-                ).to(dtype)
+                    state, own, step * STEP_VALUE, share, count, MODE,
+                    D, VALUE_D, STEP_D, STEP_VALUE,
+                ).to(dtype)  # fmt: skip
             g = load_block(
-                rows, first, head, token, present, start, VALUE_D, STEP_VALUE, LARGE, ALIGN
-            )
+                rows, first, head, token, present, step * STEP_VALUE, VALUE_D, STEP_VALUE, LARGE,
+                ALIGN,
+            )  # fmt: skip
             accumulator = dot(g, tl.trans(matrix), accumulator, PRECISION, UPCAST)
             if MODE == SUM:
                 out = load_block(
-                    output, first, head, token, present, start, VALUE_D, STEP_VALUE, LARGE, ALIGN
-                )
+                    output, first, head, token, present, step * STEP_VALUE, VALUE_D, STEP_VALUE,
+                    LARGE, ALIGN,
+                )  # fmt: skip
                 product += tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
         x = load_block(query, first, head, token, present, own, D, STEP_D, LARGE, ALIGN)
         if MODE == SUM:
@@ -291,12 +295,11 @@ def gradient_kernel(
                 weight = tl.sum(features(x, MAP) * z[None, :], 1)
             else:
                 weight = tl.zeros([BLOCK], tl.float32)
-                for step in tl.static_range(BLOCK_D // STEP_D):
-                    start: tl.constexpr = step * STEP_D
+                for step in range(BLOCK_D // STEP_D):
                     other = load_block(
-                        query, first, head, token, present, start, D, STEP_D, LARGE, ALIGN
+                        query, first, head, token, present, step * STEP_D, D, STEP_D, LARGE, ALIGN
                     )
-                    z_other = load_row(state + D * VALUE_D, start, D, STEP_D) * share
+                    z_other = load_row(state + D * VALUE_D, step * STEP_D, D, STEP_D) * share
                     weight += tl.sum(features(other, MAP) * z_other[None, :], 1)
             reciprocal = 1.0 / tl.where(present, weight + eps, 1.0)
             product = -product * reciprocal

@@ -18,12 +18,14 @@ import functools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitarium.ops.workspace import Workspace
 
 CHUNK = 64  # tokens of a chunk, at most
-SEGMENT = 2048  # tokens of a segment, at most, those of all heads and images counted
+CHUNKS = 32  # chunks of a segment, at most: states cost a product with that many rows
+SEGMENT = 4096  # tokens of a segment, at most, those of all heads and images counted
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -66,7 +68,7 @@ def attend_plain(
     chunk = CHUNK if tokens > CHUNK else tokens
     padding = -tokens % chunk
     query, key, value = (
-        torch.nn.functional.pad(tensor.to(working_dtype(dtype)), (0, 0, 0, 0, 0, padding))
+        F.pad(tensor.to(working_dtype(dtype)), (0, 0, 0, 0, 0, padding))
         .unflatten(1, (-1, chunk))
         .permute(0, 3, 1, 2, 4)
         for tensor in (query * scale, key, value)
@@ -83,7 +85,7 @@ def attend_plain(
         states = ((key * after).mT @ value).flatten(-2)
         chained = decay_matrix([decay**chunk for decay in decays], chunks - 1, like=query)
         states = (chained @ states[:, :, :-1]).unflatten(-1, (key.shape[-1], -1))
-        states = torch.nn.functional.pad(states, (0, 0, 0, 0, 1, 0))
+        states = F.pad(states, (0, 0, 0, 0, 1, 0))
         output = output + query * before @ states
     output = output.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :tokens]
     return output.to(dtype).contiguous()
@@ -92,8 +94,23 @@ def attend_plain(
 # --- segment by segment --------------------------------------------------------------------------
 
 
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of matrix products: CPUs have fast ones for bfloat16, not for float16."""
+    return dtype if dtype == torch.bfloat16 else working_dtype(dtype)
+
+
 class _Tables:
-    """Powers of the decays for segments of some chunks of some tokens."""
+    """Powers of the decays for segments of some chunks of some tokens.
+
+    Attributes:
+        within: `(heads, 1, chunk, chunk)`, of a chunk's tokens for each other.
+        read, write: `(heads, 1, chunk, 1)`, of the state at a chunk's start for its tokens, and of
+            these for the state that the chunk adds to.
+        states, carried: `(heads, chunks, chunks)` and `(heads, chunks, 1)`, of what chunks add, and
+            of the state at the segment's start, for the states at the chunks' starts.
+        state, carry: `(heads, 1, chunks)` and `(heads, 1, 1)`, for the state at the segment's end.
+        forgets: whether any decay is not 1.
+    """
 
     def __init__(
         self,
@@ -104,26 +121,27 @@ class _Tables:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        like = torch.empty(0, dtype=dtype, device=device)
+        like = torch.empty(0, dtype=working_dtype(dtype), device=device)
         steps = [decay**chunk for decay in decays]
         places = count(chunk, device)
         within = decay_matrix(decays, chunk, like=like)
         read, write = powers(decays, places + 1), powers(decays, chunk - 1 - places)
         # One more row than chunks: the state that the segment leaves.
-        states = torch.nn.functional.pad(decay_matrix(steps, chunks, like=like), (0, 0, 1, 0))
-        carried = powers(steps, count(chunks + 1, device)).to(dtype)
+        states = F.pad(decay_matrix(steps, chunks, like=like), (0, 0, 1, 0))
+        carried = powers(steps, count(chunks + 1, device)).to(like.dtype)
         if reverse:
             within, states = within.mT, states.flip(1, 2)
             read, write, carried = read.flip(1), write.flip(1), carried.flip(1)
         first = 1 if reverse else 0
         last = 0 if reverse else chunks
-        self.within = within[:, None].contiguous()
+        product = _product_dtype(dtype)
+        self.within = within[:, None].to(product).contiguous()
         self.states = states[:, first : first + chunks].contiguous()
         self.carried = carried[:, first : first + chunks, None].contiguous()
         self.state = states[:, last : last + 1].contiguous()
         self.carry = carried[:, last : last + 1, None].contiguous()
         self.forgets = any(decay != 1 for decay in decays)
-        self.read, self.write = (x[:, None, :, None].to(dtype) for x in (read, write))
+        self.read, self.write = (x[:, None, :, None].to(product) for x in (read, write))
 
 
 _tables = functools.lru_cache(maxsize=64)(_Tables)
@@ -133,17 +151,32 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    decays: list[float],
+    decays: Sequence[float],
     scale: float,
+    *,
     reverse: bool = False,
-) -> Tensor:
-    """Causal linear attention of `(B, N, heads, channels)`; `reverse`: to later tokens instead."""
+    swapped: Tensor | None = None,
+) -> list[Tensor]:
+    """Causal linear attention of `(B, N, heads, channels)`.
+
+    Args:
+        reverse: to later tokens instead of earlier ones.
+        swapped: `(B, N, heads, value_dim)`: other queries, which attend to the values as if they
+            were keys and get keys; its states are the same but for a transposition.
+
+    Returns:
+        The output, and that for `swapped` if it is given.
+    """
     batch, tokens, heads, _ = query.shape
-    output = query.new_empty(*query.shape[:-1], value.shape[-1])
+    askers = [query] if swapped is None else [query, swapped]
+    outputs = [
+        query.new_empty(batch, tokens, heads, given.shape[-1])
+        for given in (value, key)[: len(askers)]
+    ]
     work = Workspace(query)
     chunk = _chunk(tokens)
     whole = tokens // chunk
-    each = max(1, min(whole, SEGMENT // (heads * chunk)))  # chunks of a segment
+    each = max(1, min(whole, CHUNKS, SEGMENT // (heads * chunk)))  # chunks of a segment
     images = max(1, SEGMENT // (heads * chunk * each))
     segments = [(i * chunk, min(each, whole - i), chunk) for i in range(0, whole, each)]
     if tokens % chunk:
@@ -154,23 +187,22 @@ def attend(
         here = slice(image, image + images)
         state: Tensor | None = None
         for i, (start, chunks, length) in enumerate(segments):
-            tables = _tables(
-                tuple(decays), chunks, length, reverse, working_dtype(query.dtype), query.device
-            )
+            tables = _tables(tuple(decays), chunks, length, reverse, query.dtype, query.device)
             place = here, slice(start, start + chunks * length)
             state = _segment(
-                query[place], key[place], value[place], output[place], state, scale, tables,
-                chunks, work, i + 1 < len(segments),
+                [asker[place] for asker in askers], key[place], value[place],
+                [output[place] for output in outputs], state, scale, tables, chunks, work,
+                i + 1 < len(segments),
             )  # fmt: skip
     work.close()
-    return output
+    return outputs
 
 
 def _segment(
-    query: Tensor,
+    askers: Sequence[Tensor],
     key: Tensor,
     value: Tensor,
-    output: Tensor,
+    outputs: Sequence[Tensor],
     state: Tensor | None,
     scale: float,
     tables: _Tables,
@@ -178,54 +210,67 @@ def _segment(
     work: Workspace,
     goes_on: bool,
 ) -> Tensor | None:
-    """Writes the output of one segment; the state after it, if it `goes_on`.
+    """Writes the outputs of one segment; the state after it, if it `goes_on`.
 
-    `state`: `(B, heads, 1, head_dim * value_dim)`, None at the beginning.
+    `state`: `(B, heads, 1, head_dim * value_dim)`, None at the beginning. Products have `out`, for
+    autocast then leaves them in the dtype that they are in.
     """
-    batch, tokens, heads, head_dim = query.shape
+    batch, tokens, heads, head_dim = key.shape
     value_dim, chunk = value.shape[-1], tokens // chunks
-    dtype = tables.within.dtype
 
     def take(name: str, width: int) -> Tensor:
-        return work.take(name, (batch, heads, chunks, chunk, width), dtype)
+        return work.take(name, (batch, heads, chunks, chunk, width), tables.within.dtype)
 
-    def chunked(tensor: Tensor) -> Tensor:
-        return tensor.unflatten(1, (chunks, chunk)).permute(0, 3, 1, 2, 4)
+    def load(name: str, tensor: Tensor) -> Tensor:
+        found = take(name, tensor.shape[-1])
+        return found.copy_(_chunked(tensor, chunks))
 
-    q, k, v = take("query", head_dim), take("key", head_dim), take("value", value_dim)
-    q.copy_(chunked(query))
-    if scale != 1:
-        q.mul_(scale)
-    k.copy_(chunked(key))
-    v.copy_(chunked(value))
+    k, v = load("key", key), load("value", value)
+    queries = [load(f"query {i}", asker) for i, asker in enumerate(askers)]
+    found = [take(f"output {i}", output.shape[-1]) for i, output in enumerate(outputs)]
     weights = take("weights", chunk)
-    rows = [tensor.flatten(0, 2) for tensor in (q, k, v, weights)]
-    torch.bmm(rows[0], rows[1].mT, out=rows[3])
-    weights.mul_(tables.within)
-    out = take("output", value_dim)
-    out_rows = out.flatten(0, 2)
-    torch.bmm(rows[3], rows[2], out=out_rows)
+    for query, output, met, taken in zip(queries, found, (k, v), (v, k)):
+        if scale != 1:
+            query.mul_(scale)
+        torch.bmm(_rows(query), _rows(met).mT, out=_rows(weights))
+        weights.mul_(tables.within)
+        torch.bmm(_rows(weights), _rows(taken), out=_rows(output))
+    update = None
     if chunks > 1 or goes_on:
         if tables.forgets:
             k.mul_(tables.write)
-        update = work.take("update", (batch * heads * chunks, head_dim, value_dim), dtype)
-        torch.bmm(rows[1].mT, rows[2], out=update)
-        update = update.view(batch, heads, chunks, head_dim * value_dim)
-    # With `out` autocast leaves products in the dtype that they are in.
+        shape = (batch * heads * chunks, head_dim, value_dim)
+        product = work.take("update", shape, k.dtype)
+        torch.bmm(_rows(k).mT, _rows(v), out=product)
+        update = product.to(tables.states.dtype).view(batch, heads, chunks, -1)
     if chunks > 1 or state is not None:
-        states = work.take("states", (batch, heads, chunks, head_dim * value_dim), dtype)
+        shape = (batch, heads, chunks, head_dim * value_dim)
+        states = work.take("states", shape, tables.states.dtype)
         if chunks > 1:
             torch.matmul(tables.states, update, out=states)
         else:
             states.zero_()
         if state is not None:
             states.addcmul_(tables.carried, state)
-        if tables.forgets:
-            q.mul_(tables.read)
-        torch.baddbmm(out_rows, rows[0], states.view(-1, head_dim, value_dim), out=out_rows)
-    chunked(output).copy_(out)
+        read = states.to(k.dtype).view(-1, head_dim, value_dim)
+        for query, output, taken in zip(queries, map(_rows, found), (read, read.mT)):
+            if tables.forgets:
+                query.mul_(tables.read)
+            torch.baddbmm(output, _rows(query), taken, out=output)
+    for output, rows in zip(outputs, found):
+        _chunked(output, chunks).copy_(rows)
     if not goes_on:
         return None
-    following = query.new_empty(batch, heads, 1, head_dim * value_dim, dtype=dtype)
-    torch.matmul(tables.state, update, out=following)
-    return following if state is None else following.addcmul_(tables.carry, state)
+    after = key.new_empty(batch, heads, 1, head_dim * value_dim, dtype=tables.states.dtype)
+    torch.matmul(tables.state, update, out=after)
+    return after if state is None else after.addcmul_(tables.carry, state)
+
+
+def _chunked(tensor: Tensor, chunks: int) -> Tensor:
+    """`(B, N, heads, channels)` as `(B, heads, chunks, chunk, channels)`, a view."""
+    return tensor.unflatten(1, (chunks, -1)).permute(0, 3, 1, 2, 4)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """`(B, heads, chunks, chunk, channels)` as `(B * heads * chunks, chunk, channels)`, a view."""
+    return tensor.flatten(0, 2)

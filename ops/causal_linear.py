@@ -201,31 +201,42 @@ def _reference(
 # --- the custom operator -------------------------------------------------------------------------
 
 
-def _attend(*args: Any, fused: bool, reverse: bool = False) -> Tensor:
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    *call, fused = args
     if fused:
         from vitarium.ops.kernels import causal_linear as kernels
 
-        return kernels.attend(*args, reverse)
-    return causal_chunks.attend(*args, reverse)
-
-
-def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    *call, fused = args
-    return _attend(*call, fused=fused), call[0].new_empty(0, dtype=torch.float32)
+        output = kernels.attend(*call)
+    else:
+        (output,) = causal_chunks.attend(*call)
+    return output, output.new_empty(0, dtype=torch.float32)
 
 
 def _backward(grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
     """Gradients are causal linear attention too.
 
-    With the gradient g of the output, those of the query are attention of g to values, of which
-    the keys are read; those of keys and values look ahead, at later queries and gradients.
+    With the gradient g of the output, the query's is attention of g to the values, of which the
+    keys are read; those of keys and values look ahead, at later queries and gradients.
     """
     query, key, value, _, _, *rest, fused, needs = args
-    return (
-        _attend(grad, value, key, *rest, fused=fused) if needs[0] else None,
-        _attend(value, grad, query, *rest, fused=fused, reverse=True) if needs[1] else None,
-        _attend(key, query, grad, *rest, fused=fused, reverse=True) if needs[2] else None,
-    )
+    found: list[Tensor | None] = [None, None, None]
+    if fused:
+        from vitarium.ops.kernels import causal_linear as kernels
+
+        if needs[0]:
+            found[0] = kernels.attend(grad, value, key, *rest)
+        if needs[1]:
+            found[1] = kernels.attend(value, grad, query, *rest, reverse=True)
+        if needs[2]:
+            found[2] = kernels.attend(key, query, grad, *rest, reverse=True)
+        return tuple(found)
+    if needs[0]:
+        (found[0],) = causal_chunks.attend(grad, value, key, *rest)
+    if needs[1] or needs[2]:  # together, for they share a state
+        found[2], found[1] = causal_chunks.attend(
+            key, query, grad, *rest, reverse=True, swapped=value
+        )
+    return tuple(found)
 
 
 def _flops(query, key, value, *_) -> int:

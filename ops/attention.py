@@ -258,10 +258,13 @@ def _attend_by_head(
         dense.repeat_heads(dense.flat(tensor), heads).flatten(0, 1)
         for tensor in (query, key, value)
     )
-    scores = torch.bmm(q * scale, k.mT)
-    if bias is not None:
-        scores = scores.unflatten(0, (-1, heads)) + bias.to(scores.dtype)
-        scores = scores.flatten(0, 1)
+    if bias is not None and heads == 1:
+        scores = torch.baddbmm(bias.to(q.dtype).flatten(0, -3), q, k.mT, alpha=scale)
+    else:
+        scores = torch.bmm(q * scale, k.mT)
+        if bias is not None:
+            scores = scores.unflatten(0, (-1, heads)) + bias.to(scores.dtype)
+            scores = scores.flatten(0, 1)
     output = torch.bmm(scores.softmax(-1), v).unflatten(0, (-1, heads)).transpose(1, 2)
     return output.contiguous().view(*query.shape[:-1], value.shape[-1])
 

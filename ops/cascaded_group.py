@@ -133,8 +133,7 @@ class CascadedGroupAttention(Mixer, name="cascaded_group"):
     def mix(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         parts = self._windows(x).chunk(self.num_heads, -1)
-        index = _distances(self.window_resolution, x.device)
-        bias = F.embedding(index, self.attention_biases.T).permute(2, 0, 1)
+        bias = self._position_bias()
         outputs: list[Tensor] = []
         for head, (qkv, dw) in enumerate(zip(self.qkvs, self.dws)):
             part = parts[head] + outputs[-1] if outputs else parts[head]
@@ -144,6 +143,15 @@ class CascadedGroupAttention(Mixer, name="cascaded_group"):
             output = attention(query, key, value, bias=bias[head, None])
             outputs.append(output.squeeze(-2))
         return self._map(self.proj(torch.cat(outputs, -1)), height, width)
+
+    def _position_bias(self) -> Tensor:
+        """The bias of all pairs of a window's tokens, `(num_heads, N, N)`."""
+        table = self.attention_biases
+        index = _distances(self.window_resolution, table.device)
+        if table.device.type == "cpu":
+            return table.index_select(1, index.flatten()).unflatten(1, index.shape)
+        # A look-up whose derivative is a sum over rows, the same in every run.
+        return F.embedding(index, table.T).permute(2, 0, 1)
 
     def _windows(self, x: Tensor) -> Tensor:
         """The map in windows, `(B * windows, window, window, C)`, padded with zeros."""
@@ -183,10 +191,7 @@ def _distances(side: int, device: torch.device) -> Tensor:
 
 
 class DepthwiseNorm(nn.Sequential):
-    """Depthwise convolution `c` without bias and batch normalisation `bn`, on channels-last maps.
-
-    In evaluation the two are one convolution.
-    """
+    """Depthwise convolution `c` and batch normalisation `bn`, on channels-last maps."""
 
     c: nn.Conv2d
     bn: nn.BatchNorm2d
@@ -206,11 +211,4 @@ class DepthwiseNorm(nn.Sequential):
         self.add_module("bn", nn.BatchNorm2d(channels, **factory))
 
     def forward(self, input: Tensor) -> Tensor:
-        x, norm = input.permute(0, 3, 1, 2), self.bn
-        if self.training or norm.running_mean is None or norm.running_var is None:
-            return norm(self.c(x)).permute(0, 2, 3, 1)
-        factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        bias = norm.bias - norm.running_mean * factor
-        weight = self.c.weight * factor[:, None, None, None]
-        x = F.conv2d(x, weight, bias, padding=self.c.padding, groups=self.c.groups)
-        return x.permute(0, 2, 3, 1)
+        return self.bn(self.c(input.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)

@@ -147,7 +147,7 @@ class Additive:
             grad = grad[:, :, 0] if grad.shape[2] == 1 else grad.sum(2)
             total[:, 0] += grad.sum(0)
             return
-        grad = grad.sum(0)
+        grad = grad[0] if len(grad) == 1 else grad.sum(0)  # a sum over one is no view, and slow
         if count > FEW:
             total.index_add_(1, self.patterns.which(band), grad)
             return

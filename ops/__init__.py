@@ -37,6 +37,7 @@ from vitarium.ops.gaussian_adaptive import GaussianAdaptiveAttention, GaussianBl
 from vitarium.ops.grouped_query import GroupedQueryAttention, KeyDrivenGroupedQueryAttention
 from vitarium.ops.halo import HaloAttention, OverlappingCrossAttention
 from vitarium.ops.hilo import HiLoAttention
+from vitarium.ops.indexed import indexed_attention
 from vitarium.ops.inline_mixers import (
     CrossShapedInLineAttention,
     InLineAttention,
@@ -61,6 +62,7 @@ from vitarium.ops.neighborhood import (
 from vitarium.ops.outlook import OutlookAttention, outlook_attention
 from vitarium.ops.position_aware import PositionAwareAttention
 from vitarium.ops.retention import RetentionAttention, RetentionState
+from vitarium.ops.sparsifiner import SparsifinerAttention
 from vitarium.ops.tap import TokenAwarePooling, attention_diversification_loss, with_attention_maps
 from vitarium.ops.ulsam import SubspaceAttention
 from vitarium.ops.window import window_attention
@@ -122,6 +124,7 @@ __all__ = [
     "RetentionState",
     "SimpleRMSNorm",
     "SingleHeadAttention",
+    "SparsifinerAttention",
     "SubspaceAttention",
     "TokenAggregationAttention",
     "TokenAwarePooling",
@@ -138,6 +141,7 @@ __all__ = [
     "channel_attention",
     "flow_attention",
     "flow_attention_causal",
+    "indexed_attention",
     "lightning_slopes",
     "linear_attention",
     "mixture_of_head_attention",

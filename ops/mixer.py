@@ -43,6 +43,8 @@ class Mixer(nn.Module):
         cross: whether keys and values may come from a second map, `mix(x, context)`.
         routed: whether tokens choose what they attend to, so that rounding can change the choice.
         no_weight_decay: names of parameters that weight decay must leave alone (bias tables).
+        indirect: patterns of names of parameters that the output has no gradient for: only an
+            auxiliary loss reaches them.
         official_names: patterns of names in official state dicts, and what they are called here
             (None: not wanted). `load_state_dict` takes either; a 1x1 convolution's weight serves as
             a linear layer's.
@@ -58,6 +60,7 @@ class Mixer(nn.Module):
     cross: ClassVar[bool] = False
     routed: ClassVar[bool] = False
     no_weight_decay: ClassVar[Sequence[str]] = ()
+    indirect: ClassVar[Sequence[str]] = ()
     official_names: ClassVar[Mapping[str, str | None]] = {}
 
     def __init_subclass__(cls, *, name: str, **kwargs: Any) -> None:

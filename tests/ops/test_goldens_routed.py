@@ -1,5 +1,7 @@
 """Grouped, routed and re-weighting mixers give the outputs of the official code."""
 
+import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitarium.ops import backend, build_mixer
+from vitarium.ops import backend, build_mixer, qkv_heads
 from vitarium.ops.catanet import _patches
 
 FOLDER = Path(__file__).parents[1] / "data" / "parity" / "ops"
@@ -24,6 +26,9 @@ GAUSSIAN = _goldens("gaam")
 KMEANS = _goldens("routing_kmeans")
 AGGREGATION = _goldens("catanet_tab")
 PATCHES = _goldens("catanet_lrsa")
+SPARSE = _goldens("sparsifiner_attention")
+SPARSE_BLOCKS = _goldens("sparsifiner_block")
+SPARSE_MODELS = _goldens("sparsifiner_model")
 
 
 def _draw(*shapes):
@@ -185,7 +190,130 @@ def test_overlapping_patches(path, implementation, parity):
     _close(output.permute(0, 3, 1, 2), golden["output"]["data"])
 
 
+def _sparsifiner(arguments, cfg, **kwargs):
+    """The mixer of an official layer's arguments, and of its configuration as notes tell it."""
+
+    def number(pattern):
+        found = re.search(pattern + r"[ =]([\d.]+\d|\d)", cfg)
+        return None if found is None else float(found[1])
+
+    side = math.isqrt(arguments["num_tokens"] - 1)
+    square = side**2 == arguments["num_tokens"] - 1
+    topk = number("BASIS_COEF(?: top-k|.TOPK)")
+    score = None
+    if "ATTN_SCORE.USE_TOPK=True" not in cfg and "ATTN_SCORE top-k" not in cfg:
+        score = number("ATTN_SCORE.THRESHOLD")
+    names = ("num_heads", "attn_keep_rate", "reduce_n_factor", "reduce_c_factor")
+    names += ("share_inout_proj", "qkv_bias", "qk_scale")
+    pruning = arguments.get("token_pruning_this_layer", False)
+    found = {name: arguments[name] for name in names if name in arguments}
+    found |= {
+        "input_resolution": (side, side) if square else (1, arguments["num_tokens"] - 1),
+        "num_prefix_tokens": 1,
+        "token_keep_rate": arguments["token_keep_rate"] if pruning else 1.0,
+        "basis_threshold": number("BASIS_THRESHOLD") or 0.0,
+        "basis_coef_topk": None if topk is None else int(topk),
+        "basis_coef_threshold": number("BASIS_COEF.THRESHOLD") or 0.0,
+        "attn_score_threshold": score,
+        "prune_attn_matrix_row": "PRUNE_ATTN_MATRIX_ROW=True" in cfg,
+    }
+    return build_mixer(("sparsifiner", found), arguments["dim"], dtype=torch.float64).eval()
+
+
+def _of(weights, prefix):
+    return {k.removeprefix(prefix): x for k, x in weights.items() if k.startswith(prefix)}
+
+
+def _sparsifiner_block(x, weights, mixer, token_mask):
+    """A layer around the mixer: what is no mixer is ordinary."""
+    mixer.load_state_dict(_of(weights, "attn."), strict=True)
+
+    def norm(name):
+        return F.layer_norm(
+            x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6
+        )
+
+    mixed, token_mask = mixer.mix_tokens(norm("norm1"), token_mask=token_mask)
+    x = x + mixed
+    hidden = F.gelu(F.linear(norm("norm2"), weights["mlp.fc1.weight"], weights["mlp.fc1.bias"]))
+    x = x + F.linear(hidden, weights["mlp.fc2.weight"], weights["mlp.fc2.bias"])
+    if token_mask is not None:
+        x = x * F.pad(token_mask, (1, 0), value=True)[..., None]
+    return x, token_mask
+
+
+@pytest.mark.parametrize("implementation", ["reference", "torch"])
+@pytest.mark.parametrize("path", SPARSE)
+@torch.no_grad()
+def test_sparsifiner_attention(path, implementation, parity):
+    golden = parity.load(path)
+    arguments = golden["constructor"]
+    mixer = _sparsifiner(arguments, arguments["cfg"])
+    mixer.load_state_dict(parity.state_dict(golden["state_dict"]), strict=True)
+    (x,) = _draw(golden["input"]["x"]["shape"])
+    with backend(implementation):
+        output, token_mask = mixer.mix_tokens(x)
+    assert token_mask is None
+    _close(output, golden["output"]["x"]["data"])
+    if "approx_attn_first64" in golden["output"]:
+        query, key, _ = qkv_heads(mixer.qkv, x, mixer.num_heads)
+        coefficients, basis = mixer.predict(query, key, mixer.input_resolution)
+        predicted = (coefficients @ basis).flatten()
+        _close(predicted[:64], golden["output"]["approx_attn_first64"]["first64"])
+        _close(predicted[-64:], golden["output"]["approx_attn_first64"]["last64"])
+
+
+@pytest.mark.parametrize("path", SPARSE_BLOCKS)
+@torch.no_grad()
+def test_sparsifiner_block(path, parity):
+    golden = parity.load(path)
+    arguments = golden["constructor"]
+    (x,) = _draw(golden["input"]["x"]["shape"])
+    weights = parity.state_dict(golden["state_dict"])
+    mixer = _sparsifiner(arguments, arguments["cfg"])
+    output, token_mask = _sparsifiner_block(x, weights, mixer, None)
+    _close(output, golden["output"]["x"]["data"])
+    assert token_mask.flatten().int().tolist() == [
+        int(kept) for kept in golden["output"]["token_mask"]["data"]
+    ]
+
+
+@pytest.mark.parametrize("path", SPARSE_MODELS)
+@torch.no_grad()
+def test_sparsifiner_model(path, parity):
+    golden = parity.load(path)
+    arguments = golden["constructor"]
+    (images,) = _draw(golden["input"]["x"]["shape"])
+    weights = parity.state_dict(golden["state_dict"])
+    patches = F.conv2d(
+        images,
+        weights["patch_embed.proj.weight"],
+        weights["patch_embed.proj.bias"],
+        stride=arguments["patch_size"],
+    )
+    x = patches.flatten(2).mT
+    x = torch.cat([weights["cls_token"].expand(len(x), -1, -1), x], 1) + weights["pos_embed"]
+    token_mask = None
+    for i in range(arguments["depth"]):
+        own = {
+            **arguments,
+            "dim": arguments["embed_dim"],
+            "num_tokens": x.shape[1],
+            "attn_keep_rate": arguments["attn_keep_rate_list"][i],
+            "token_keep_rate": arguments["token_keep_rate_list"][i],
+            "token_pruning_this_layer": arguments["token_pruning_loc_indicator"][i],
+        }
+        mixer = _sparsifiner(own, arguments["cfg"])
+        x, token_mask = _sparsifiner_block(x, _of(weights, f"blocks.{i}."), mixer, token_mask)
+    x = F.layer_norm(x, x.shape[-1:], weights["norm.weight"], weights["norm.bias"], 1e-6)
+    _close(x[:, 1:], golden["output"]["features"]["data"])
+    logits = F.linear(x[:, 0], weights["head.weight"], weights["head.bias"])
+    _close(logits, golden["output"]["logits"]["data"])
+
+
 def test_every_kind_has_goldens():
+    assert len(SPARSE) >= 3
+    assert SPARSE_BLOCKS and SPARSE_MODELS
     assert len(AGGREGATION) >= 3
     assert PATCHES
     assert KMEANS

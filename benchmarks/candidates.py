@@ -12,6 +12,7 @@ from vitarium.benchmarks import (
     aggregated,
     attention,
     bilevel_routing,
+    indexed,
     mixture_of_head,
     neighborhood,
     window,
@@ -27,6 +28,7 @@ SUITES: Mapping[str, Suite] = {
     "attention": attention.SUITE,
     "mixture_of_head_attention": mixture_of_head.SUITE,
     "aggregated_attention": aggregated.SUITE,
+    "indexed_attention": indexed.SUITE,
 }
 FLOOR = "floor"
 

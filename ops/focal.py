@@ -108,7 +108,10 @@ class FocalModulation(Mixer, name="focal"):
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query and context `(B, H, W, C)`, and gates `(B, H, W, focal_level + 1)`."""
-        query, context, gates = self.f(x).split((self.dim, self.dim, self.focal_level + 1), -1)
+        # Apart, so that the context is contiguous, which convolutions would make it.
+        widths = (self.dim, self.dim, self.focal_level + 1)
+        biases = (None,) * 3 if self.f.bias is None else self.f.bias.split(widths)
+        query, context, gates = map(F.linear, (x,) * 3, self.f.weight.split(widths), biases)
         return query, context, gates
 
     def _levels(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vitarium.benchmarks import (
+    agent,
     aggregated,
     attention,
     bilevel_routing,
@@ -28,6 +29,7 @@ SUITES: Mapping[str, Suite] = {
     "attention": attention.SUITE,
     "mixture_of_head_attention": mixture_of_head.SUITE,
     "aggregated_attention": aggregated.SUITE,
+    "agent_attention": agent.SUITE,
     "indexed_attention": indexed.SUITE,
 }
 FLOOR = "floor"

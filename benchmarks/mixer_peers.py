@@ -19,7 +19,7 @@ from timm.models.vision_transformer import Attention
 from timm.models.volo import OutlookAttention
 from torch import Tensor, nn
 
-from vitarium.benchmarks import routed_peers
+from vitarium.benchmarks import pooled_peers, routed_peers
 from vitarium.benchmarks.mixers import Build, Contest
 from vitarium.ops import Mixer
 
@@ -207,5 +207,6 @@ CONTESTS: list[Contest] = [
             {"key_dim": 16, "num_heads": 4, "attn_ratio": 6, "kernels": (7, 5, 3, 3),
              "resolution": 7},
             {"timm_nchw": _efficientvit}),
+    *pooled_peers.CONTESTS,
     *routed_peers.CONTESTS,
 ]  # fmt: skip

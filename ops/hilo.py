@@ -119,10 +119,9 @@ class HiLoAttention(Mixer, name="hilo"):
 
     def _pooled(self, x: Tensor) -> Tensor:
         """Means of cells, `(B, H / s, W / s, C)`."""
-        side = self.window_size
-        if side == 1:
+        if self.window_size == 1:
             return x
-        return x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).mean((2, 4))
+        return F.avg_pool2d(x.permute(0, 3, 1, 2), self.window_size).permute(0, 2, 3, 1)
 
     def _followed(self, calls: Sequence[dispatch.Call], wanted: Tensor) -> Tensor:
         found = []

@@ -13,6 +13,7 @@ from vitarium.benchmarks import (
     aggregated,
     attention,
     bilevel_routing,
+    causal_linear,
     indexed,
     mixture_of_head,
     neighborhood,
@@ -29,6 +30,7 @@ SUITES: Mapping[str, Suite] = {
     "attention": attention.SUITE,
     "mixture_of_head_attention": mixture_of_head.SUITE,
     "aggregated_attention": aggregated.SUITE,
+    "causal_linear_attention": causal_linear.SUITE,
     "agent_attention": agent.SUITE,
     "indexed_attention": indexed.SUITE,
 }

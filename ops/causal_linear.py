@@ -16,6 +16,7 @@ No form divides by a power of the decay, which would overflow in long sequences.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from vitarium.ops import causal_chunks, dispatch
 from vitarium.ops.differentiable import Differentiable
-from vitarium.ops.dispatch import Case, Operator
+from vitarium.ops.dispatch import Case, Implementation, Operator
 
 NAME = "causal_linear_attention"
 
@@ -191,11 +192,55 @@ def _decays(decay: Any, heads: int) -> list[float]:
 def _reference(
     query: Tensor, key: Tensor, value: Tensor, decays: list[float], scale: float
 ) -> Tensor:
-    """The parallel form."""
+    matrix = causal_chunks.decay_matrix(decays, query.shape[1], like=query)
+    return _parallel(query, key, value, matrix, scale)
+
+
+def _parallel(query: Tensor, key: Tensor, value: Tensor, matrix: Tensor, scale: float) -> Tensor:
+    """The parallel form, with the powers of the decays `(heads, N, N)`."""
+    query = query if scale == 1 else query * scale
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    weights = query * scale @ key.transpose(-1, -2)
-    weights = weights * causal_chunks.decay_matrix(decays, query.shape[2], like=weights)
+    weights = query @ key.transpose(-1, -2) * matrix
     return (weights @ value).transpose(1, 2).contiguous()
+
+
+# --- the portable path ---------------------------------------------------------------------------
+
+SMALL = 256  # tokens up to which the parallel form may be as fast as any,
+SMALL_WEIGHTS = 1 << 16  # with so many weights, or in bfloat16, which wants large products
+
+
+def _portable(
+    query: Tensor, key: Tensor, value: Tensor, decays: list[float], scale: float
+) -> Tensor:
+    args = (query, key, value, decays, scale)
+    if dispatch.plain_aten():
+        return causal_chunks.attend_plain(*args)
+    if not torch.compiler.is_compiling() and _is_small(query):
+        matrix = _matrix(
+            tuple(decays), query.shape[1], query.dtype, query.device,
+            torch.is_inference_mode_enabled(),
+        )  # fmt: skip
+        return _parallel(query, key, value, matrix, scale)
+    return _OPERATION(*args, fused=False)
+
+
+def _is_small(query: Tensor) -> bool:
+    batch, tokens, heads, _ = query.shape
+    few = batch * heads * tokens**2 <= SMALL_WEIGHTS
+    return tokens <= SMALL and (few or query.dtype == torch.bfloat16)
+
+
+@functools.lru_cache(maxsize=32)
+def _matrix(
+    decays: tuple[float, ...],
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    inference: bool,  # tensors of which mode are of no use outside of it
+) -> Tensor:
+    like = torch.empty(0, dtype=dtype, device=device)
+    return causal_chunks.decay_matrix(decays, tokens, like=like)
 
 
 # --- the custom operator -------------------------------------------------------------------------
@@ -257,9 +302,12 @@ _OPERATION = Differentiable(
 )
 
 
-_IMPLEMENTATIONS = _OPERATION.implementations(
-    reference=_reference, plain=causal_chunks.attend_plain, refuses=dispatch.triton_refuses
-)
+_IMPLEMENTATIONS = {
+    **_OPERATION.implementations(
+        reference=_reference, plain=causal_chunks.attend_plain, refuses=dispatch.triton_refuses
+    ),
+    "torch": Implementation(_portable),
+}
 
 
 # --- test cases ----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vitarium.ops import spherical_kmeans
 from vitarium.ops.attention import attention
+from vitarium.ops.gathering import take
 from vitarium.ops.mixer import Mixer, weights_on_values
 from vitarium.ops.position import kept
 
@@ -38,12 +39,6 @@ def reflected(place: Tensor, length: int) -> Tensor:
     """Places beyond the end of a sequence as those of the sequence read backwards, and so on."""
     place = place % (2 * length)
     return torch.where(place < length, place, 2 * length - 1 - place)
-
-
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens `(B, M, ...)` of x `(B, N, ...)` at index `(B, M)`."""
-    index = index.view(*index.shape, *[1] * (x.dim() - 2))
-    return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
 
 
 class TokenAggregationAttention(Mixer, name="token_aggregation"):

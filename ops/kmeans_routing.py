@@ -15,17 +15,12 @@ from torch import Tensor, nn
 
 from vitarium.ops import spherical_kmeans
 from vitarium.ops.attention import attention
+from vitarium.ops.gathering import take_by_head
 from vitarium.ops.mixer import Mixer, weights_on_values
 
 INITIAL_STEPS = 10
 UNCHOSEN = 1e-5  # added to the number of clusters that chose a token
 HIDDEN_SELF = -5e4  # score of a token with itself where queries are keys: if there is no other
-
-
-def gather_clusters(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens `(B, heads, T, w, channels)` of `(B, N, heads, channels)`, by their index."""
-    places = index.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1])
-    return x.transpose(1, 2).gather(2, places).unflatten(2, index.shape[2:])
 
 
 def scatter_mean(x: Tensor, index: Tensor, tokens: int) -> Tensor:
@@ -74,8 +69,8 @@ def clustered_attention(
         `(B, N, heads, value_dim)`, zero for tokens that are in no cluster.
     """
     shape = query_index.shape
-    near = [gather_clusters(query, query_index)]
-    near += [gather_clusters(x, key_index) for x in (key, value)]
+    near = [take_by_head(query, query_index)]
+    near += [take_by_head(x, key_index) for x in (key, value)]
     remembered = 0
     if memory is not None:
         remembered = memory[0].shape[2]

@@ -63,9 +63,7 @@ def causal_linear_attention(
             cannot run this.
         TypeError: an argument is of the wrong type, or dtypes differ.
     """
-    _check(query, key, value)
-    decays = _decays(decay, query.shape[-2])
-    scale = dispatch.check_scale(NAME, 1.0 if scale is None else scale, query)
+    decays, scale = _check(query, key, value, decay, scale)
     spatial, heads = query.shape[1:-2], query.shape[-2]
     query, key, value = dispatch.autocast(query, key, value)
     query, key, value = (tensor.flatten(1, -3) for tensor in (query, key, value))
@@ -121,8 +119,11 @@ def causal_linear_step(
     return output.to(query.dtype), state
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Raises what `causal_linear_attention` says it raises about tensors."""
+@dispatch.remembered
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, decay: Any, scale: Any
+) -> tuple[list[float], float]:
+    """Decays and scale; raises what `causal_linear_attention` says it raises."""
     dispatch.check_tensors(NAME, query=query, key=key, value=value)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         shape = tuple(tensor.shape)
@@ -157,6 +158,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"{NAME}: key has {key.shape[-2]} heads, which do not divide the query's "
             f"{query.shape[-2]}"
         )
+    scale = dispatch.check_scale(NAME, 1.0 if scale is None else scale, query)
+    return _decays(decay, query.shape[-2]), scale
 
 
 def _decays(decay: Any, heads: int) -> list[float]:
@@ -200,7 +203,8 @@ def _parallel(query: Tensor, key: Tensor, value: Tensor, matrix: Tensor, scale: 
     """The parallel form, with the powers of the decays `(heads, N, N)`."""
     query = query if scale == 1 else query * scale
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    weights = query @ key.transpose(-1, -2) * matrix
+    weights = query @ key.transpose(-1, -2)
+    weights *= matrix
     return (weights @ value).transpose(1, 2).contiguous()
 
 

@@ -118,7 +118,7 @@ class LightningAttention(Mixer, name="lightning"):
         with torch.device("cpu"):
             slopes = torch.tensor(lightning_slopes(num_heads), dtype=torch.float32)
             slopes = slopes * (1 - layer_idx / max(num_layers - 1, 1) + 1e-5)
-        self.decay: list[float] = [math.exp(-slope) for slope in slopes.tolist()]
+        self.decay = tuple(math.exp(-slope) for slope in slopes.tolist())
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value `(..., num_heads, head_dim)`."""

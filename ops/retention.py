@@ -99,9 +99,9 @@ class RetentionAttention(Mixer, name="retention"):
         # Constants, for no cast of the module may round them: as official, rounded to float32.
         with torch.device("cpu"):
             logarithms = torch.log(1 - 2.0 ** (-5 - torch.arange(num_heads, dtype=torch.float32)))
-            self.decay: list[float] = logarithms.double().exp().tolist()
+            self.decay = tuple(logarithms.double().exp().tolist())
             place = torch.linspace(0, 1, dim // num_heads // 2)
-            self.angle: list[float] = (1 / 10000**place).double().tolist()
+            self.angle = tuple((1 / 10000**place).double().tolist())
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

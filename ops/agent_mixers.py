@@ -80,8 +80,17 @@ class Agents(nn.Module):
         """
         side = math.isqrt(self.agent_num)
         rows, columns = (_averages(length, side, x) for length in x.shape[1:3])
-        pooled = rows @ x.flatten(2)
-        return (columns @ pooled.unflatten(2, x.shape[2:])).flatten(1, 2)
+        pooled = columns @ x
+        return (rows @ pooled.flatten(2)).unflatten(2, pooled.shape[2:]).flatten(1, 2)
+
+    def agents(self, x: Tensor, query: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Pooled queries, `(B, agents, C)`, of `(B, H, W, heads, head_dim)`, projected from x.
+
+        Pooling and projecting may change places: first comes what spares work.
+        """
+        if self.agent_num * x.shape[-1] > x.shape[1] * x.shape[2]:
+            return self.pooled(query.flatten(-2))
+        return F.linear(self.pooled(x), weight, bias)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, agent: Tensor) -> Tensor:
         """Agent attention of `(B, H, W, num_heads, head_dim)`; the agents are `(B, agents, C)`."""
@@ -119,7 +128,7 @@ def _averages(length: int, side: int, like: Tensor) -> Tensor:
 
 def convolved(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution of `(B, H, W, C)`."""
-    return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return layer(x.contiguous().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def depthwise(dim: int, factory: dict[str, Any]) -> nn.Conv2d:
@@ -195,14 +204,13 @@ class AgentAttention(Agents, Mixer, name="agent"):
             self.ca_bias = nn.Parameter(torch.empty(1, num_heads, 1, agent_num, **factory))
         self.make_agents(num_heads, agent_num, size, size, factory)
 
-    def _agents(self, x: Tensor) -> Tensor:
-        """Pooled queries: pooling and projecting may change places, and pooled first is cheaper."""
+    def _agents(self, x: Tensor, query: Tensor) -> Tensor:
         bias = None if self.qkv.bias is None else self.qkv.bias[: self.dim]
-        return F.linear(self.pooled(x), self.qkv.weight[: self.dim], bias)
+        return self.agents(x, query, self.qkv.weight[: self.dim], bias)
 
     def mix(self, x: Tensor) -> Tensor:
         query, key, value = qkv_heads(self.qkv, x, self.num_heads)
-        output = self.attend(query, key, value, self._agents(x)).flatten(-2)
+        output = self.attend(query, key, value, self._agents(x, query)).flatten(-2)
         output = output + convolved(self.dwc, value.flatten(-2))
         return self.proj_drop(self.proj(output))
 
@@ -231,7 +239,8 @@ class AgentAttention(Agents, Mixer, name="agent"):
         if 1 + size[0] * size[1] != x.shape[1] or not x.shape[1] > 1:
             raise ValueError(f"AgentAttention: size={size} is not that of {x.shape[1] - 1} tokens")
         query, key, value = qkv_heads(self.qkv, x, self.num_heads)
-        agent = self._agents(x[:, 1:].unflatten(1, size)).unflatten(-1, (self.num_heads, -1))
+        tokens, queries = (part[:, 1:].unflatten(1, size) for part in (x, query))
+        agent = self._agents(tokens, queries).unflatten(-1, (self.num_heads, -1))
         agent_bias, query_bias = self._agent_bias(size), self._query_bias(size)
         output = agent_attention(
             query,
@@ -327,8 +336,8 @@ class AgentReducedAttention(Agents, Mixer, name="agent_pvt"):
             source = self.norm(convolved(self.sr, padded))
         query = self.q(x).unflatten(-1, (self.num_heads, -1))
         key, value = self.kv(source).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
-        # Pooling and projecting may change places, and pooled first is cheaper.
-        output = self.attend(query, key, value, self.q(self.pooled(x))).flatten(-2)
+        agent = self.agents(x, query, self.q.weight, self.q.bias)
+        output = self.attend(query, key, value, agent).flatten(-2)
         value = value.flatten(-2)
         if ratio > 1:
             value = F.interpolate(value.permute(0, 3, 1, 2), size=_size(x), mode="bilinear")

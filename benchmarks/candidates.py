@@ -14,9 +14,11 @@ from vitarium.benchmarks import (
     attention,
     bilevel_routing,
     causal_linear,
+    channel,
     indexed,
     mixture_of_head,
     neighborhood,
+    outlook,
     window,
 )
 from vitarium.benchmarks.arguments import DTYPES
@@ -33,6 +35,8 @@ SUITES: Mapping[str, Suite] = {
     "causal_linear_attention": causal_linear.SUITE,
     "agent_attention": agent.SUITE,
     "indexed_attention": indexed.SUITE,
+    "outlook_attention": outlook.SUITE,
+    "channel_attention": channel.SUITE,
 }
 FLOOR = "floor"
 

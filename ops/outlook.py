@@ -123,7 +123,7 @@ def _reference(
 
 # --- the portable path ---------------------------------------------------------------------------
 
-CPU_CHUNK = 1 << 17  # numbers of the unfolded values of a chunk, which stay in cache
+CPU_CHUNK = 1 << 19  # numbers of the unfolded values of a chunk, which stay in cache
 
 
 class _Windows:

@@ -80,14 +80,16 @@ def patterns_table() -> str:
     """Which of the four patterns of attention every operator computes."""
     rows = []
     for name, operator in sorted(OPERATORS.items()):
-        causal = "is_causal" in inspect.signature(operator.function).parameters
+        optional = "is_causal" in inspect.signature(operator.function).parameters
         context = operator.context or "no"
-        rows.append(
-            (f"`{name}`", "yes", "yes" if causal else "no", context, context if causal else "no")
-        )
+        cells = []
+        for offered in (not operator.always_causal, optional or operator.always_causal):
+            cells.append(("yes", context) if offered else ("no", "no"))
+        rows.append((f"`{name}`", *(cell for pair in zip(*cells) for cell in pair)))
     return _markdown(PATTERN_COLUMNS, rows) + (
         "\n\nCross attention: keys and values come from other tokens than the queries, on a map of "
-        "equal\nsize or of any. Causal: by `is_causal`, in the order of tokens or along the axes."
+        "equal\nsize or of any. Causal: by `is_causal` or always, in the order of tokens or along "
+        "the axes."
     )
 
 

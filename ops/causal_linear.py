@@ -352,4 +352,12 @@ LAUNCHES = (
     _case("widths 256 and 32", 1024, dims=(256, 32), decay=0.9),
 )
 
-OPERATOR = Operator(NAME, causal_linear_attention, _IMPLEMENTATIONS, CASES, _OPERATION, LAUNCHES)
+OPERATOR = Operator(
+    NAME,
+    causal_linear_attention,
+    _IMPLEMENTATIONS,
+    CASES,
+    _OPERATION,
+    LAUNCHES,
+    always_causal=True,
+)

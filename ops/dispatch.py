@@ -90,6 +90,7 @@ class Operator:
             a tensor may matter.
         context: which keys a query may come from elsewhere to meet (cross attention): "any size",
             "same size" as the map of the queries, or None where there is no cross attention.
+        always_causal: whether no query ever meets a later key.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Operator:
     operation: Differentiable | None = None
     launches: Sequence[Case] = ()
     context: str | None = "same size"
+    always_causal: bool = False
 
     def __post_init__(self) -> None:
         if self.name in OPERATORS:

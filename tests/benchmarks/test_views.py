@@ -144,6 +144,7 @@ def test_the_tables_of_mixers_have_every_mixer_and_operator():
     text = table.patterns_table()
     assert all(f"| `{name}` |" in text for name in OPERATORS)
     assert "| `neighborhood_attention` | yes | yes | same size | same size |" in text
+    assert "| `causal_linear_attention` | no | yes | no | same size |" in text
 
 
 def test_the_table_is_written_between_its_markers_and_checked(tmp_path, capsys):

@@ -27,21 +27,21 @@ STRETCHES = 16  # of keys, at most: every program that reads joins them
 # (kernel, element size) -> by padded width: tokens of a tile, num_warps, num_stages and, where the
 # assembler would else spill, max_registers. Read off ahead-of-time compilation.
 _SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
-    ("gather", 2): {32: (64, 4, 3), 64: (64, 4, 3), 128: (64, 8, 2)},
-    ("gather", 4): {32: (32, 4, 2), 64: (32, 8, 2)},
-    ("read", 2): {32: (64, 4, 3), 64: (64, 4, 3), 128: (64, 8, 2)},
-    ("read", 4): {32: (32, 4, 2), 64: (32, 8, 2)},
-    ("read_backward", 2): {32: (64, 8, 2), 64: (64, 8, 2), 128: (64, 8, 1)},
-    ("read_backward", 4): {32: (32, 8, 1), 64: (32, 8, 1)},
-    ("gather_backward", 2): {32: (64, 8, 2), 64: (64, 8, 2), 128: (64, 8, 1)},
-    ("gather_backward", 4): {32: (32, 8, 1), 64: (32, 8, 1)},
+    ("gather", 2): {32: (64, 8, 2), 64: (64, 4, 3)},
+    ("gather", 4): {32: (32, 8, 2), 64: (32, 8, 2)},
+    ("read", 2): {32: (64, 8, 3), 64: (64, 4, 3)},
+    ("read", 4): {32: (16, 4, 2), 64: (16, 8, 2)},
+    ("read_backward", 2): {32: (64, 8, 1), 64: (32, 8, 2)},
+    ("read_backward", 4): {32: (16, 8, 1, 255)},
+    ("gather_backward", 2): {32: (64, 8, 2), 64: (64, 8, 1)},
+    ("gather_backward", 4): {32: (32, 8, 1)},
 }
 
 
-def serves(query: Tensor, value: Tensor, agent: Tensor) -> bool:
-    """Whether all agents of a head fit into a tile."""
-    widest = max(_SIZES["read", query.element_size()])
-    return agent.shape[1] <= LARGEST and max(query.shape[-1], value.shape[-1]) <= widest
+def serves(kernel: str, value: Tensor, agent: Tensor) -> bool:
+    """Whether all agents of a head fit into a tile of "read", or of "read_backward"."""
+    widest = max(_SIZES[kernel, agent.element_size()])
+    return agent.shape[1] <= LARGEST and max(agent.shape[-1], value.shape[-1]) <= widest
 
 
 def _options(kernel: str, tokens: int, value: Tensor, agent: Tensor) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def forward(
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     if not output.numel() or not _count(key):
         return output.zero_(), saved.zero_()
-    if not serves(query, value, agent):
+    if not serves("read", value, agent):
         found, lengths = dense.forward(agent, key, value, agent_bias, None, None, False, scale)
         values.copy_(found)
         gathered.copy_(lengths)
@@ -172,7 +172,7 @@ def backward(
     if not output.numel() or not _count(key):
         return tuple(None if x is None else torch.zeros_like(x) for x in tensors)
     values, gathered, logsumexp = _parts(saved, query, value, agent)
-    if not serves(query, value, agent):
+    if not serves("read_backward", value, agent):
         return _dense_backward(grad, tensors, output, values, gathered, logsumexp, scale, needs[4:])
     grads = [x.new_empty(x.shape) for x in (query, key, value)]
     common = views(

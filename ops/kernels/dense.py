@@ -303,7 +303,8 @@ def backward(
             **config,
         )
         if bias_needs_grad:
-            grad_bias = _grad_bias(query, value, bias, common)
+            config = _config("bias", query, value, bias)
+            grad_bias = _grad_bias(query, value, bias, common, config)
     if sign != 1:
         grad_query = grad_query * sign
     if grad_gate is not None:
@@ -312,12 +313,17 @@ def backward(
     return *found, grad_bias, grad_gate
 
 
-def _grad_bias(query: Tensor, value: Tensor, bias: Tensor, common: dict[str, Any]) -> Tensor:
+def _grad_bias(
+    query: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    common: dict[str, Any],
+    config: dict[str, int | None],
+) -> Tensor:
     """Gradient of the bias: sums over parts of the images and heads that share it, added up."""
     images, heads = (1, *bias.shape[:-2])[-2:]
     shared = query.shape[2] // heads
     steps = query.shape[0] // images * shared
-    config = _config("bias", query, value, bias)
     tiles = triton.cdiv(bias.shape[-2], config["BLOCK_M"])
     key_tiles = triton.cdiv(bias.shape[-1], config["BLOCK_N"])
     programs = images * heads * tiles * key_tiles
@@ -370,4 +376,6 @@ def bias_gradient(
         "grad_output_strides": map_strides(grad_output),
         "LARGE": _large(bias, query, key, value, grad_output),
     }
-    return _grad_bias(query, value, bias, common)
+    config = _config("bias", query, value, bias)
+    config["BLOCK_N"] = max(16, (config["BLOCK_N"] or 0) // 2)  # rows of few keys are not aligned
+    return _grad_bias(query, value, bias, common, config)

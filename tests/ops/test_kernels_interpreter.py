@@ -20,6 +20,7 @@ PARTS = [
     ("test_aggregated_kernels.py", ""),
     ("test_bilevel_kernels.py", ""),
     ("test_causal_linear_kernels.py", ""),
+    ("test_agent_kernels.py", ""),
     ("test_attention.py", ""),
     ("test_mixture_of_head.py", ""),
     *(("test_operators.py", f"{name}-") for name in OPERATORS),

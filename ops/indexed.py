@@ -163,6 +163,8 @@ class _Chunks:
 
     def places(self, index: Tensor) -> Tensor:
         """Rows of the tokens named among those of all heads of the chunk."""
+        if len(index) == 1:
+            return index
         return index + torch.arange(len(index), device=index.device)[:, None, None] * self.keys
 
     def weights(self, heads: slice, rows: slice, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,7 +241,8 @@ def _backward(
 
 def _as(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of `(heads of all images, tokens, channels)` as that of x."""
-    grad = grad.unflatten(0, (x.shape[0], x.shape[-2], -1)).sum(2)
+    grad = grad.unflatten(0, (x.shape[0], x.shape[-2], -1))
+    grad = grad.sum(2) if grad.shape[2] > 1 else grad[:, :, 0]
     return grad.transpose(1, 2).reshape(x.shape).to(x.dtype)
 
 

@@ -229,16 +229,32 @@ def backward(
         **options,
     )
     grad_agent = (grad_agent + agent_sums.sum(1)).to(agent.dtype)
-    biases: list[Tensor | None] = [None, None]
-    if agent_bias is not None and needs[4]:
-        biases[0] = dense.bias_gradient(
-            grad_values, agent, key, value, agent_bias, gathered, gathered_delta, scale
+    return *grads, grad_agent, *_bias_gradients(
+        tensors, values, (grad_values, grad), (gathered, logsumexp), (gathered_delta, delta), scale,
+        needs[4:],
+    )  # fmt: skip
+
+
+def _bias_gradients(
+    tensors: tuple[Any, ...],
+    values: Tensor,
+    grads: Sequence[Tensor],
+    lengths: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    scale: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of both biases, from what `dense.bias_gradient` takes of either stage."""
+    query, key, value, agent, *biases = tensors
+    operands = (agent, key, value), (query, agent, values)
+    return tuple(
+        None
+        if bias is None or not need
+        else dense.bias_gradient(grad, *three, bias, length, delta, scale)
+        for grad, three, bias, length, delta, need in zip(
+            grads, operands, biases, lengths, deltas, needs
         )
-    if query_bias is not None and needs[5]:
-        biases[1] = dense.bias_gradient(
-            grad, query, agent, values, query_bias, logsumexp, delta, scale
-        )
-    return *grads, grad_agent, *biases
+    )
 
 
 def _dense_backward(
@@ -253,12 +269,20 @@ def _dense_backward(
 ) -> tuple[Tensor | None, ...]:
     """`backward` of dense attention twice; `needs` those of the biases."""
     query, key, value, agent, agent_bias, query_bias = tensors
-    grad_query, grad_agent, grad_values, grad_query_bias, _ = dense.backward(
-        grad, query, agent, values, query_bias, None, None, output, logsumexp, False, scale,
-        needs[1],
-    )  # fmt: skip
-    again, grad_key, grad_value, grad_agent_bias, _ = dense.backward(
+    grad_query, grad_agent, grad_values, *_ = dense.backward(
+        grad, query, agent, values, query_bias, None, None, output, logsumexp, False, scale, False
+    )
+    again, grad_key, grad_value, *_ = dense.backward(
         grad_values, agent, key, value, agent_bias, None, None, values, gathered, False, scale,
-        needs[0],
+        False,
     )  # fmt: skip
-    return grad_query, grad_key, grad_value, grad_agent + again, grad_agent_bias, grad_query_bias
+    deltas = [(g.float() * x).sum(-1) for g, x in ((grad_values, values), (grad, output))]
+    return (
+        grad_query,
+        grad_key,
+        grad_value,
+        grad_agent + again,
+        *_bias_gradients(
+            tensors, values, (grad_values, grad), (gathered, logsumexp), deltas, scale, needs
+        ),
+    )

@@ -2,7 +2,8 @@
 
 The settings are maps of 14x14 to 56x56 tokens with the decays of Lightning attention's first layer,
 with RetNet's and its values of twice the width, and without decay. The peer is the parallel form,
-whose matrix of decays is made beforehand. Dense causal attention is another function, for scale.
+whose matrix of decays is made beforehand; on a GPU flash-linear-attention (MIT, of fla-org), too.
+Dense causal attention is another function, for scale.
 """
 
 from __future__ import annotations
@@ -99,6 +100,22 @@ def _sdpa(case: Case, device: torch.device) -> Attend:
     )
 
 
+def _fla(case: Case, device: torch.device) -> Callable[..., Tensor]:
+    """flash-linear-attention's kernels for a constant decay of every head, if it is installed."""
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    decay = case.kwargs.get("decay")
+    rates = None if decay is None else torch.tensor(decay, dtype=torch.float64).log().float()
+    rates = None if rates is None else rates.to(device)
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        operands = (tensor.flatten(1, -3) for tensor in (query, key, value))
+        output, _ = chunk_simple_gla(*operands, g_gamma=rates, scale=1.0)
+        return output.unflatten(1, query.shape[1:-2])
+
+    return run
+
+
 def floor(case: Case, mode: str, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
     """The products of the recurrent form on the CPU, the bytes that must move on CUDA."""
     sizes = {name: math.prod(shape) for name, shape in case.shapes.items()}
@@ -122,6 +139,7 @@ def floor(case: Case, mode: str, dtype: torch.dtype, device: torch.device) -> Ca
 
 PEERS: Mapping[str, Peer] = {
     "parallel": Peer(_peer(_parallel), devices=("cpu", "cuda")),
+    "fla": Peer(_fla, devices=("cuda",)),
     "sdpa": Peer(_peer(_sdpa), devices=("cpu", "cuda"), same_function=False),
 }
 

@@ -144,8 +144,8 @@ class LightningAttention(Mixer, name="lightning"):
         Returns:
             Output `(B, C)`, and the state for the next token.
         """
-        heads, state = causal_linear_step(*self._heads(x), state, decay=self.decay)
-        return self._combine(x, heads), state
+        heads, following = causal_linear_step(*self._heads(x), state, decay=self.decay)
+        return self._combine(x, heads), following
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"

@@ -181,8 +181,10 @@ class RetentionAttention(Mixer, name="retention"):
         past, first = (None, 0) if state is None else state
         query, key, value = (heads[:, 0] for heads in self._heads(x[:, None], first))
         scale = query.shape[-1] ** -0.5
-        heads, past = causal_linear_step(query, key, value, past, decay=self.decay, scale=scale)
-        return self._combine(x, heads), RetentionState(past, first + 1)
+        heads, following = causal_linear_step(
+            query, key, value, past, decay=self.decay, scale=scale
+        )
+        return self._combine(x, heads), RetentionState(following, first + 1)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, gate_fn={self.gate_fn}, score_norm={self.score_norm}"

@@ -14,8 +14,9 @@ projection left it; scores are few. There are no bytes to save for a Triton kern
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -88,34 +89,48 @@ def _by_head(x: Tensor) -> Tensor:
 def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors `(B, *spatial, heads, channels)` as batches of matrices that are not copied.
 
-    On a CPU image by image, whose heads have one stride; else all at once, for which the library
-    may copy.
+    On a CPU these are the heads of one image or the images of one head, which have one stride, in
+    as few parts as that takes; else all at once, for which the library may copy.
     """
     matrices = [_by_head(tensor) for tensor in tensors]
-    return zip(*matrices) if tensors[0].device.type == "cpu" else iter([tuple(matrices)])
-
-
-def _wide(*tensors: Tensor) -> list[Tensor]:
-    """Half precision in float32 on a CPU, which has no fast products for it."""
-    if tensors[0].device.type != "cpu" or tensors[0].element_size() > 2:
-        return list(tensors)
-    return [tensor.float() for tensor in tensors]
+    if tensors[0].device.type != "cpu":
+        return iter([tuple(matrices)])
+    images, heads = matrices[0].shape[:2]
+    return zip(*(matrix.unbind(int(images > heads)) for matrix in matrices))
 
 
 def _weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """In float32 at least: they are few."""
     scores = torch.matmul(query.mT, key)
-    return scores.to(torch.promote_types(scores.dtype, torch.float32)).mul(scale).softmax(-1)
+    return scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(scale).softmax(-1)
+
+
+def _saved_shape(query: Tensor, *_: Any) -> tuple[int, ...]:
+    """The weights are kept for the backward where float32 holds them."""
+    if query.dtype == torch.float64:
+        return (0,)
+    return (query.shape[0], query.shape[-2], query.shape[-1], query.shape[-1])
 
 
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, scale: float, fused: bool
 ) -> tuple[Tensor, Tensor]:
     output = value.new_empty(value.shape)
-    for *inputs, target in _parts(query, key, value, output):
-        q, k, v = _wide(*inputs)
-        target.copy_(torch.matmul(v, _weights(q, k, scale).to(v.dtype).mT))
-    return output, value.new_empty(0, dtype=torch.float32)
+    saved = value.new_empty(_saved_shape(query), dtype=torch.float32)
+    kept = _kept(saved)
+    for (q, k, v, target), keep in zip(_parts(query, key, value, output), kept):
+        weights = _weights(q, k, scale)
+        if keep is not None:
+            keep.copy_(weights)
+        target.copy_(torch.matmul(v, weights.to(v.dtype).mT))
+    return output, saved
+
+
+def _kept(saved: Tensor) -> Iterable[Tensor | None]:
+    """The weights of each part, where they are kept."""
+    if not saved.numel():
+        return itertools.repeat(None)
+    return (part for (part,) in _parts(saved.transpose(1, 2)))
 
 
 def _backward(
@@ -130,9 +145,10 @@ def _backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     grads = _gradients(query, key, value)
-    for *inputs, grad_q, grad_k, grad_v in _parts(query, key, value, grad, *grads):
-        q, k, v, g = _wide(*inputs)
-        weights = _weights(q, k, scale)
+    parts = zip(_parts(query, key, value, grad, *grads), _kept(saved))
+    for (q, k, v, g, grad_q, grad_k, grad_v), weights in parts:
+        if weights is None:
+            weights = _weights(q, k, scale)
         products = torch.matmul(g.mT, v).to(weights.dtype).mul_(weights)
         inner = products.sub_(weights * products.sum(-1, keepdim=True)).mul_(scale).to(q.dtype)
         grad_q.copy_(torch.matmul(k, inner.mT))
@@ -165,9 +181,9 @@ _OPERATION = Differentiable(
     forward=_forward,
     backward=_backward,
     output_shape=lambda query, key, value, *_: value.shape,
-    saved_shape=lambda *_: (0,),
+    saved_shape=_saved_shape,
     flops=_flops,
-    backward_flops=lambda query, *_: 5 * _flops(query) // 2,
+    backward_flops=lambda query, *_: 2 * _flops(query),
 )
 _IMPLEMENTATIONS = {
     name: implementation

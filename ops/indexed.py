@@ -167,13 +167,17 @@ class _Chunks:
             return index
         return index + torch.arange(len(index), device=index.device)[:, None, None] * self.keys
 
-    def weights(self, heads: slice, rows: slice, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights `(heads, rows, K)`, the index of the same shape, and its places."""
+    def weights(
+        self, heads: slice, rows: slice, index: Tensor, places: Tensor, scale: float
+    ) -> Tensor:
+        """Weights `(heads, rows, K)`."""
         query, key, _ = self.tensors
-        index = self.index[heads, rows]
-        places = self.places(index)
-        scores = self.dots(query[heads, rows] * scale, key[heads], index, places)
-        return scores.softmax(-1), index, places
+        return self.dots(query[heads, rows] * scale, key[heads], index, places).softmax(-1)
+
+
+def _saved_shape(query: Tensor, key: Tensor, value: Tensor, index: Tensor, *_: Any) -> Any:
+    """Of the weights, which take half the memory of the index; float64 would lose digits."""
+    return (0,) if query.dtype == torch.float64 else index.shape
 
 
 def _in_wide(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -192,13 +196,19 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, index: Tensor, scale: float, fused: bool
 ) -> tuple[Tensor, Tensor]:
     output = query.new_empty(*query.shape[:-1], value.shape[-1])
-    saved = query.new_empty(0, dtype=torch.float32)
+    shape = _saved_shape(query, key, value, index)
+    saved = query.new_empty(shape, dtype=torch.float32)
     if not output.numel():
         return output, saved
     chunks = _Chunks(query, key, value, index)
     total = output.new_empty((*chunks.index.shape[:2], value.shape[-1]))
+    kept = saved.flatten(0, 1) if len(shape) > 1 else None
     for heads, rows in chunks:
-        weights, _, places = chunks.weights(heads, rows, scale)
+        chosen = chunks.index[heads, rows]
+        places = chunks.places(chosen)
+        weights = chunks.weights(heads, rows, chosen, places, scale)
+        if kept is not None:
+            kept[heads, rows] = weights
         total[heads, rows] = chunks.mixed(weights, chunks.tensors[2][heads], places)
     shape = query.shape
     output.view(shape[0], -1, *output.shape[-2:]).copy_(
@@ -226,8 +236,14 @@ def _backward(
     q, k, v = chunks.tensors
     g = chunks.flat(grad, query.shape[-2])
     grads = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    kept = saved.flatten(0, 1) if saved.numel() else None
     for heads, rows in chunks:
-        weights, chosen, places = chunks.weights(heads, rows, scale)
+        chosen = chunks.index[heads, rows]
+        places = chunks.places(chosen)
+        if kept is None:
+            weights = chunks.weights(heads, rows, chosen, places, scale)
+        else:
+            weights = kept[heads, rows]
         inner = chunks.dots(g[heads, rows], v[heads], chosen, places)
         inner = weights * (inner - (weights * inner).sum(-1, keepdim=True)) * scale
         grads[0][heads, rows] = chunks.mixed(inner, k[heads], places)
@@ -251,8 +267,8 @@ def _flops(query: Any, key: Any, value: Any, index: Any, *_: Any) -> int:
 
 
 def _backward_flops(query: Any, key: Any, value: Any, index: Any, *_: Any) -> int:
-    """Three products over head_dim (scores again, query, key) and two over value_dim."""
-    return 2 * math.prod(index) * (3 * query[-1] + 2 * value[-1])
+    """Two products over head_dim (query, key) and two over value_dim."""
+    return 4 * math.prod(index) * (query[-1] + value[-1])
 
 
 _OPERATION = Differentiable(
@@ -262,7 +278,7 @@ _OPERATION = Differentiable(
     forward=_forward,
     backward=_backward,
     output_shape=lambda query, key, value, *_: (*query.shape[:-1], value.shape[-1]),
-    saved_shape=lambda *_: (0,),
+    saved_shape=_saved_shape,
     flops=_flops,
     backward_flops=_backward_flops,
 )

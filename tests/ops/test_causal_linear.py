@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vitarium.ops import (
     backend,
@@ -73,6 +74,23 @@ def test_half_precision_keeps_sums_in_float32():
     torch.testing.assert_close(
         output[0, :, 0, 0].float(), torch.arange(3000) + 1.0, rtol=0.01, atol=0
     )
+
+
+@pytest.mark.parametrize("tokens", [20, 200])
+def test_tables_that_calls_share(tokens):
+    """What was made in inference mode, or for fake tensors, is of no harm to a later call."""
+    decay = 0.123 + tokens / 1e4  # of no other test
+    x = torch.randn(1, tokens, 2, 8)
+    with FakeTensorMode():
+        causal_linear_attention(*torch.empty(3, *x.shape).unbind(), decay=decay)
+    with torch.inference_mode():
+        expected = causal_linear_attention(x, x, x, decay=decay).clone()
+    leaf = x.clone().requires_grad_()
+    output = causal_linear_attention(leaf, leaf, leaf, decay=decay)
+    output.sum().backward()
+    torch.testing.assert_close(output, expected)
+    with torch.inference_mode():
+        assert torch.equal(causal_linear_attention(x, x, x, decay=decay), expected)
 
 
 def test_bad_arguments():

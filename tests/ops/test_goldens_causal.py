@@ -60,7 +60,7 @@ def test_slopes(path, parity):
 def _build(name, golden, parity, **kwargs):
     """The mixer with the golden's weights; facts that follow from others are no arguments."""
     arguments = {**golden["constructor"], **kwargs}
-    for derived in ("slope_rate", "decay", "angle_rule", "recurrent_chunk_size"):
+    for derived in ("slope_rate", "decay", "angle_rule", "recurrent_chunk_size", "causal"):
         arguments.pop(derived, None)
     mixer = build_mixer((name, arguments), arguments.pop("embed_dim"), dtype=torch.float64)
     mixer.load_state_dict(parity.state_dict(golden["state_dict"]), strict=True)

@@ -25,7 +25,7 @@ from vitarium.ops.dispatch import Case, Implementation, Operator
 
 NAME = "agent_attention"
 # Scores of a call up to which ordinary operations are as fast as any, in inference and training.
-SMALL = (1 << 18, 1 << 19)
+SMALL, SMALL_TRAINING = 1 << 18, 1 << 19
 
 Shape = Sequence[int]
 
@@ -124,7 +124,8 @@ def _portable(
     if dispatch.plain_aten():
         return _reference(*args)
     scores = _products(query.shape, key.shape, agent.shape)
-    if scores <= SMALL[training] and query.is_cpu and not torch.compiler.is_compiling():
+    small = SMALL_TRAINING if training else SMALL
+    if scores <= small and query.is_cpu and not torch.compiler.is_compiling():
         return portable.small(*args[:-1])
     return _OPERATION(*args, fused=False)
 

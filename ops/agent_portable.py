@@ -111,13 +111,15 @@ class _Images:
         return None if x is None else x[self.images].flatten(0, 1)
 
 
-def _pieces(query: Tensor, agent: Tensor, work: Workspace) -> Iterator[tuple[_Images, list[slice]]]:
+def _pieces(
+    query: Tensor, key: Tensor, agent: Tensor, work: Workspace
+) -> Iterator[tuple[_Images, list[slice]]]:
     """Images that are computed together, and bands of their queries."""
     batch, count, heads, _ = query.shape
     limit = CPU_SCORES[query.element_size() > 2] if query.is_cpu else DEVICE_SCORES
     row = heads * agent.shape[1]
-    images = max(1, limit // (count * row))
-    band = min(count, max(64, limit // row))
+    images = max(1, limit // (max(count, key.shape[1]) * row))
+    band = max(64, limit // row)
     bands = [slice(first, min(first + band, count)) for first in range(0, count, band)]
     for start in range(0, batch, images):
         yield _Images(start, min(start + images, batch), heads, work), bands
@@ -184,7 +186,7 @@ def forward(
     work = Workspace(query)
     softmax = Softmax(query, work)
     tables = _table(agent_bias, softmax), _table(query_bias, softmax)
-    for piece, bands in _pieces(query, agent, work):
+    for piece, bands in _pieces(query, key, agent, work):
         a, q = piece.operand(agent, "agent"), piece.operand(query, "query")
         k, v = piece.operand(key, "key"), piece.operand(value, "value")
         if kept is None:
@@ -251,7 +253,7 @@ def backward(
         torch.zeros_like(bias, dtype=softmax.wide) if bias is not None and need else None
         for bias, need in zip((agent_bias, query_bias), needs[4:])
     ]
-    for piece, bands in _pieces(query, agent, work):
+    for piece, bands in _pieces(query, key, agent, work):
         a, q = piece.operand(agent, "agent"), piece.operand(query, "query")
         k, v = piece.operand(key, "key"), piece.operand(value, "value")
         g = piece.operand(grad, "grad")

@@ -2,7 +2,8 @@
 
 What queries need of keys and values, the state, are S = sum_j phi(k_j) v_j^T, z = sum_j phi(k_j)
 and u = sum_j v_j. The backward keeps it, computes features again, and sums the state's gradient
-over queries before it goes over keys.
+over queries before it goes over keys. Features of a chunk lie as its tokens do, all heads side by
+side, and matrix products put a head after the other: what is done with either wants its own order.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitarium.ops.linear_features import HALF, SLOPE, Focus
+from vitarium.ops.linear_features import HALF, SLOPE, SMALLEST, Focus, row_sums
+from vitarium.ops.workspace import Workspace
 
-CHUNK = 1 << 16  # elements of a chunk of tokens: what is done with it finds it in cache
+CHUNK = 1 << 18  # elements of a chunk of tokens: what is done with it finds it in cache
+LONG = 256  # tokens of which heads are copied one by one
 
 Chunk = tuple[slice, slice]  # of images, of tokens
 
@@ -29,30 +32,44 @@ def state_shape(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
 
 
 class State:
-    """S `(B * heads, head_dim, value_dim)`, z and u `(B * heads, 1, width)` in one tensor.
+    """S `(rows, head_dim, value_dim)`, z and u `(rows, 1, width)`: a row is a head of an image."""
 
-    Args:
-        flat: `(B, heads, head_dim * value_dim + head_dim + value_dim)`.
-    """
+    def __init__(self, product: Tensor, z: Tensor, u: Tensor) -> None:
+        self.product, self.z, self.u = product, z, u
 
-    def __init__(self, flat: Tensor, head_dim: int, value_dim: int) -> None:
-        self.flat = flat
-        rows = flat.flatten(0, 1)
-        product, z, u = rows.split([head_dim * value_dim, head_dim, value_dim], -1)
-        self.product = product.unflatten(-1, (head_dim, value_dim))
-        self.z, self.u = z[:, None], u[:, None]
+    @classmethod
+    def zeros(cls, like: Tensor, dtype: torch.dtype, rows: int, *widths: int) -> State:
+        """Of `rows` heads whose features and values have these widths."""
+        shapes = (widths, (1, widths[0]), (1, widths[1]))
+        return cls(*(like.new_zeros((rows, *shape), dtype=dtype) for shape in shapes))
+
+    @classmethod
+    def unpacked(cls, flat: Tensor, head_dim: int, value_dim: int) -> State:
+        """What `packed` returned."""
+        parts = flat.flatten(0, 1).split([head_dim * value_dim, head_dim, value_dim], -1)
+        product, z, u = (part.contiguous() for part in parts)
+        return cls(product.unflatten(-1, (head_dim, value_dim)), z[:, None], u[:, None])
+
+    def packed(self, images: int) -> Tensor:
+        """`(images, heads, head_dim * value_dim + head_dim + value_dim)`."""
+        parts = (self.product.flatten(1), self.z.flatten(1), self.u.flatten(1))
+        return torch.cat(parts, -1).unflatten(0, (images, -1))
+
+    def add(self, rows: slice, features: Tensor, values: Tensor) -> None:
+        """Adds products of features and values `(rows, tokens, width)` to S."""
+        if features.dtype == self.product.dtype:
+            self.product[rows].baddbmm_(features.mT, values)
+        else:
+            self.product[rows] += features.mT @ values
 
 
-def _chunks(x: Tensor, whole: bool) -> Iterator[Chunk]:
-    """Chunks of `(B, N, heads, channels)`: some tokens of one image, or several images.
-
-    Args:
-        whole: not to cut images.
-    """
+def _chunks(x: Tensor) -> Iterator[Chunk]:
+    """Chunks of `(B, N, heads, channels)`: some tokens of one image, or several images."""
     images, tokens = x.shape[:2]
     width = x.shape[2] * x.shape[3]
     if tokens * width > CHUNK:
-        length = tokens if whole else max(16, CHUNK // width)
+        # Of equal lengths, whose buffers are the same.
+        length = -(-tokens // -(-tokens * width // CHUNK))
         for image in range(images):
             for token in range(0, tokens, length):
                 yield slice(image, image + 1), slice(token, min(token + length, tokens))
@@ -62,79 +79,122 @@ def _chunks(x: Tensor, whole: bool) -> Iterator[Chunk]:
         yield slice(image, min(image + count, images)), slice(0, tokens)
 
 
-def _heads(x: Tensor) -> Tensor:
-    """`(images, T, heads, channels)` as `(images * heads, T, channels)`."""
-    return x.transpose(1, 2).flatten(0, 1)
-
-
-def _back(rows: Tensor, target: Tensor) -> None:
-    """Writes `(images * heads, T, channels)` to `(images, T, heads, channels)`."""
-    target.transpose(1, 2).copy_(rows.unflatten(0, (target.shape[0], target.shape[2])))
-
-
-class _Map:
-    """A feature map on chunks, and its derivative.
+class _Chunks:
+    """Chunks of tokens as matrices, one for a head of an image, and what maps make of them.
 
     Features of half precision are in float32 where the map needs it, and in the backward.
 
     Attributes:
         dtype: of features, and of the products that they go into.
+        focus: what the last chunk's focused features were made of.
     """
 
     def __init__(
         self,
-        name: str,
+        feature_map: str,
         focusing_factor: float,
         temperature: Tensor | None,
-        dtype: torch.dtype,
-        training: bool = False,
+        like: Tensor,
+        training: bool,
     ) -> None:
-        self.name, self.factor = name, focusing_factor
-        wide = dtype in HALF and (training or name in ("elu", "focused"))
-        self.dtype = torch.float32 if wide else dtype
-        self.temperature = None if temperature is None else temperature.to(self.dtype)
+        self.map, self.factor, self.training = feature_map, focusing_factor, training
+        wide = like.dtype in HALF and (training or feature_map in ("elu", "focused"))
+        self.dtype = torch.float32 if wide else like.dtype
+        self.workspace = Workspace(like)
+        self.temperature = None
+        if temperature is not None:
+            self.temperature = temperature.detach().to(self.dtype).flatten()
         self.grad_temperature: Tensor | None = None
-        self._focus: Focus | None = None
+        self.focus: Focus | None = None
         self._features: Tensor | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Features `(images * heads, T, channels)` of a chunk `(images, T, heads, channels)`."""
-        x = x.to(self.dtype)
-        if self.name == "identity":
-            return _heads(x)
-        if self.name == "relu":
-            found = F.relu(x)
-        elif self.name == "leaky_relu":
-            found = F.leaky_relu(x, SLOPE)
-        elif self.name == "elu":
-            found = F.elu(x).add_(1)
-        else:
-            self._focus = Focus(x, self.factor, self.temperature)
-            found = self._focus.power * self._focus.ratio
-        self._features = found
-        return _heads(found)
+    def take(self, name: str, *shape: int) -> Tensor:
+        """A buffer, see `Workspace.take`."""
+        return self.workspace.take(f"linear {name}", shape, self.dtype)
 
-    def backward(self, x: Tensor, rows: Tensor, target: Tensor) -> None:
-        """Writes the gradient of the last chunk to `target`, from that of its features."""
-        if self.name == "identity":
-            return _back(rows, target)
-        grad = rows.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+    def rows(self, name: str, x: Tensor) -> Tensor:
+        """Tokens `(images, T, heads, channels)` as `(images * heads, T, channels)`."""
+        x = x.transpose(1, 2)
+        if len(x) != 1 or x.dtype != self.dtype:
+            x = self.take(name, *x.shape).copy_(x)
+        return x.flatten(0, 1)
+
+    def features(self, x: Tensor, scaled: bool = True) -> Tensor:
+        """Features `(images * heads, T, channels)` of tokens `(images, T, heads, channels)`.
+
+        Unless `scaled`, focused ones lack the factor `focus.ratio`.
+        """
+        if self.map == "identity":
+            return self.rows("features", x)
+        found = self.take("features", *x.shape)
+        if self.map not in ("relu", "focused"):
+            found.copy_(x)
+        elif x.dtype == found.dtype:
+            torch.clamp(x, min=0, out=found)
+        else:
+            found.copy_(x).clamp_(min=0)
+        if self.map == "leaky_relu":
+            F.leaky_relu_(found, SLOPE)
+        elif self.map == "elu":
+            F.elu_(found).add_(1)
+        elif self.map == "focused":
+            tokens = found.view(x.shape[0] * x.shape[1], -1).add_(SMALLEST)
+            if self.temperature is not None:
+                tokens.div_(self.temperature)
+            power, scratch = (self.take(name, *tokens.shape) for name in ("power", "scratch"))
+            self.focus = Focus(tokens, self.factor, power, scratch)
+            found = power.view(x.shape)
+            if scaled:
+                power = torch.mul(power, self.focus.ratio, out=scratch if self.training else power)
+                found = power.view(x.shape)
+        self._features = found
+        return self.rows("features of heads", found)
+
+    def backward(self, x: Tensor, grad: Tensor, target: Tensor, scaled: bool = True) -> None:
+        """Writes the gradient of the last tokens to `target`.
+
+        Args:
+            x: what `features` got.
+            grad: of the features, or of those that it returned, times `focus.ratio`.
+            target: as x.
+            scaled: as `features` got it.
+        """
+        if self.map == "identity":
+            _place(grad, target)
+            return
         found = self._features
         assert found is not None
-        if self.name == "focused":
-            assert self._focus is not None
-            grad, total = self._focus.backward(x, grad.contiguous())
-            if total is not None:
+        grad = _place(grad, self.take("grad of tokens", *x.shape))
+        if self.map == "focused":
+            assert self.focus is not None
+            found, tokens = x, grad.view(self.focus.positive.shape)
+            self.focus.backward(tokens, scaled)
+            if self.temperature is not None:
+                product = torch.mul(tokens, self.focus.positive, out=self.focus.scratch)
+                total = product.sum(0) / -self.temperature
                 if self.grad_temperature is not None:
                     total += self.grad_temperature
                 self.grad_temperature = total
-            target.copy_(grad)
-        elif self.name == "elu":
-            target.copy_(grad.mul_(found.clamp_(max=1)))
-        elif self.name == "relu":
-            target.copy_(torch.ops.aten.threshold_backward(grad, found, 0))
-        else:
+                tokens.div_(self.temperature)
+        if self.map == "elu":
+            torch.mul(grad, found.clamp_(max=1), out=target)
+        elif self.map == "leaky_relu":
             target.copy_(torch.ops.aten.leaky_relu_backward(grad, found, SLOPE, True))
+        elif target.dtype == grad.dtype:
+            torch.ops.aten.threshold_backward.grad_input(grad, found, 0, grad_input=target)
+        else:
+            target.copy_(torch.ops.aten.threshold_backward(grad, found.to(grad.dtype), 0))
+
+
+def _place(rows: Tensor, target: Tensor) -> Tensor:
+    """Copies `(images * heads, T, channels)` to `(images, T, heads, channels)`."""
+    images, tokens, heads, _ = target.shape
+    if tokens < LONG:
+        return target.copy_(rows.unflatten(0, (images, heads)).transpose(1, 2))
+    # Several times faster than all at once, which would go from head to head at every token.
+    for row in range(images * heads):
+        target[row // heads, :, row % heads].copy_(rows[row])
+    return target
 
 
 def _tokens(*maps: Tensor) -> list[Tensor]:
@@ -142,27 +202,21 @@ def _tokens(*maps: Tensor) -> list[Tensor]:
     return [x.flatten(1, -3) for x in maps]
 
 
-def _state(key: Tensor, value: Tensor, map_: _Map, normalization: str) -> State:
+def _state(key: Tensor, value: Tensor, chunks: _Chunks, normalization: str) -> State:
     """The state; z and u are zero where the normalisation has no use for them."""
-    head_dim, value_dim = key.shape[-1], value.shape[-1]
-    dtype = torch.float32 if key.dtype in HALF else key.dtype
-    shape = (key.shape[0], key.shape[2], head_dim * value_dim + head_dim + value_dim)
-    state = State(key.new_zeros(shape, dtype=dtype), head_dim, value_dim)
     heads = key.shape[2]
-    for images, tokens in _chunks(key, map_.name == "identity"):
+    dtype = torch.float32 if key.dtype in HALF else key.dtype
+    widths = (key.shape[-1], value.shape[-1])
+    state = State.zeros(key, dtype, key.shape[0] * heads, *widths)
+    for images, tokens in _chunks(key):
         rows = slice(images.start * heads, images.stop * heads)
-        k = map_(key[images, tokens])
-        v = _heads(value[images, tokens]).to(map_.dtype)
-        found = [k.mT @ v]
+        k = chunks.features(key[images, tokens])
+        v = chunks.rows("value", value[images, tokens])
+        state.add(rows, k, v)
         if normalization != "none":
-            found.append(k.sum(1, keepdim=True, dtype=dtype))
+            state.z[rows] += k.sum(1, keepdim=True, dtype=dtype)
         if normalization == "injective":
-            found.append(v.sum(1, keepdim=True, dtype=dtype))
-        for total, part in zip((state.product, state.z, state.u), found):
-            if tokens.start == 0:
-                total[rows] = part
-            else:
-                total[rows] += part
+            state.u[rows] += v.sum(1, keepdim=True, dtype=dtype)
     return state
 
 
@@ -184,11 +238,12 @@ class _Reader:
         dtype: torch.dtype,
         normalization: str,
         scale: float,
+        eps: float,
     ) -> None:
-        self.normalization = normalization
-        self.count = key.shape[1]
+        self.count, self.eps = key.shape[1], eps
         self.share = scale if normalization == "none" else scale / self.count
-        heads, group = key.shape[2], query.shape[2] // key.shape[2]
+        self.heads = query.shape[2]
+        heads, group = key.shape[2], self.heads // key.shape[2]
         self.total = self.mean = None
         matrix = state.product * self.share
         if normalization == "injective":
@@ -198,6 +253,21 @@ class _Reader:
         elif normalization == "sum":
             self.total = _group((state.z * self.share).to(dtype), heads, group)
         self.matrix = _group(matrix.to(dtype), heads, group)
+        # A factor on all features of a query cancels out, but for eps.
+        self.scaled = normalization != "sum"
+
+    def rows(self, images: slice) -> slice:
+        """The rows of the heads of images."""
+        return slice(images.start * self.heads, images.stop * self.heads)
+
+    def weight(self, rows: slice, features: Tensor, focus: Focus | None) -> Tensor:
+        """The mean weights of queries plus eps, `(rows, tokens, 1)`, over `focus.ratio`."""
+        assert self.total is not None
+        weight = features @ self.total[rows].mT
+        if focus is None:
+            return weight.add_(self.eps)
+        ratio = focus.ratio.view(-1, 1, weight.shape[1], 1)
+        return weight.unflatten(0, (len(ratio), -1)).add_(self.eps / ratio).flatten(0, 1)
 
 
 def forward(
@@ -213,21 +283,25 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output and state, see `state_shape`."""
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    saved = state_shape(query, key, value)
     q, k, v, out = _tokens(query, key, value, output)
-    map_ = _Map(feature_map, focusing_factor, temperature, query.dtype)
-    state = _state(k, v, map_, normalization)
-    reader = _Reader(state, q, k, map_.dtype, normalization, scale)
-    for images, tokens in _chunks(q, feature_map == "identity"):
-        rows = slice(images.start * q.shape[2], images.stop * q.shape[2])
-        phi = map_(q[images, tokens])
-        found = phi @ reader.matrix[rows]
+    chunks = _Chunks(feature_map, focusing_factor, temperature, query, False)
+    state = _state(k, v, chunks, normalization)
+    reader = _Reader(state, q, k, chunks.dtype, normalization, scale, eps)
+    for images, tokens in _chunks(q):
+        rows, target = reader.rows(images), out[images, tokens]
+        phi = chunks.features(q[images, tokens], reader.scaled)
+        found = chunks.take("found", *phi.shape[:2], v.shape[-1])
+        torch.bmm(phi, reader.matrix[rows], out=found)
         if reader.total is not None:
-            found.div_((phi @ reader.total[rows].mT).add_(eps))
+            found.div_(reader.weight(rows, phi, chunks.focus))
         elif reader.mean is not None:
             found.add_(reader.mean[rows])
-        _back(found, out[images, tokens])
-    return output, state.flat if len(saved) > 1 else query.new_empty(saved, dtype=torch.float32)
+        _place(found, target)
+    chunks.workspace.close()
+    saved = state_shape(query, key, value)
+    if len(saved) == 1:
+        return output, query.new_empty(saved, dtype=torch.float32)
+    return output, state.packed(len(k)) if len(k) else query.new_empty(saved, dtype=torch.float32)
 
 
 def backward(
@@ -249,61 +323,78 @@ def backward(
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     q, k, v, out, grad_out = _tokens(query, key, value, output, grad_output)
     grad_q, grad_k, grad_v = _tokens(grad_query, grad_key, grad_value)
-    map_ = _Map(feature_map, focusing_factor, temperature, query.dtype, training=True)
+    widths = (k.shape[-1], v.shape[-1])
+    chunks = _Chunks(feature_map, focusing_factor, temperature, query, True)
     if saved.dim() == 3:
-        state = State(saved, k.shape[-1], v.shape[-1])
+        state = State.unpacked(saved, *widths)
     else:
-        state = _state(k, v, map_, normalization)
-    reader = _Reader(state, q, k, map_.dtype, normalization, scale)
-    heads, key_heads = q.shape[2], k.shape[2]
-    gradient = State(
-        state.flat.new_zeros((k.shape[0], heads, state.flat.shape[-1])), k.shape[-1], v.shape[-1]
-    )
-    for images, tokens in _chunks(q, False):
-        rows = slice(images.start * heads, images.stop * heads)
-        x, grad = q[images, tokens], _heads(grad_out[images, tokens]).to(map_.dtype)
-        phi = map_(x)
+        state = _state(k, v, chunks, normalization)
+    reader = _Reader(state, q, k, chunks.dtype, normalization, scale, eps)
+    gradient = State.zeros(k, state.z.dtype, len(q) * reader.heads, *widths)
+    for images, tokens in _chunks(q):
+        rows, x = reader.rows(images), q[images, tokens]
+        phi = chunks.features(x, reader.scaled)
+        grad = chunks.rows("grad", grad_out[images, tokens])
+        grad_phi = chunks.take("grad features", *phi.shape)
         if reader.total is None:
-            grad_phi = grad @ reader.matrix[rows].mT
+            torch.bmm(grad, reader.matrix[rows].mT, out=grad_phi)
             if reader.mean is not None:
-                gradient.u[rows] += grad.sum(1, keepdim=True, dtype=gradient.u.dtype)
+                gradient.u[rows] += grad.sum(1, keepdim=True)
         else:
-            weight = (phi @ reader.total[rows].mT).add_(eps)
-            grad = grad / weight
-            inner = (grad * _heads(out[images, tokens])).sum(-1, keepdim=True).neg_()
-            grad_phi = grad @ reader.matrix[rows].mT
+            weight = reader.weight(rows, phi, chunks.focus)
+            grad = torch.div(grad, weight, out=chunks.take("divided", *grad.shape))
+            torch.bmm(grad, reader.matrix[rows].mT, out=grad_phi)
+            result = out[images, tokens].transpose(1, 2)
+            product = chunks.take("product", *result.shape)
+            torch.mul(grad.view(result.shape), result, out=product)
+            inner = row_sums(product).flatten(0, 1).neg_()
             grad_phi.addcmul_(inner, reader.total[rows])
             gradient.z[rows] += inner.mT @ phi
-        gradient.product[rows] += phi.mT @ grad
-        map_.backward(x, grad_phi, grad_q[images, tokens])
+        gradient.add(rows, phi, grad)
+        chunks.backward(x, grad_phi, grad_q[images, tokens], reader.scaled)
 
-    # From the gradient of what queries read to that of the state.
-    if heads != key_heads:
-        folded = gradient.flat.unflatten(1, (key_heads, -1)).sum(2)
-        gradient = State(folded, k.shape[-1], v.shape[-1])
-    gradient.product.mul_(reader.share)
-    grad_z = grad_u = None
-    if normalization == "sum":
-        grad_z = gradient.z.mul_(reader.share).to(map_.dtype)
-    elif normalization == "injective":
-        count = reader.count
-        grad_z = (state.u @ gradient.product.mT).div_(-count).to(map_.dtype)
-        grad_u = (gradient.u - state.z @ gradient.product).div_(count).to(map_.dtype)
-    matrix = gradient.product.to(map_.dtype)
-    for images, tokens in _chunks(k, False):
-        rows = slice(images.start * key_heads, images.stop * key_heads)
-        x, values = k[images, tokens], _heads(v[images, tokens]).to(map_.dtype)
-        phi = map_(x)
-        grad_phi, found = values @ matrix[rows].mT, phi @ matrix[rows]
-        if grad_z is not None:
-            grad_phi.add_(grad_z[rows])
-        if grad_u is not None:
-            found.add_(grad_u[rows])
-        map_.backward(x, grad_phi, grad_k[images, tokens])
-        _back(found, grad_v[images, tokens])
+    gradient = _of_state(gradient, state, reader, normalization, k.shape[2])
+    matrix = gradient.product
+    for images, tokens in _chunks(k):
+        rows = slice(images.start * k.shape[2], images.stop * k.shape[2])
+        x, target = k[images, tokens], grad_v[images, tokens]
+        phi = chunks.features(x)
+        values = chunks.rows("value", v[images, tokens])
+        found = chunks.take("found", *values.shape)
+        torch.bmm(phi, matrix[rows], out=found)
+        if normalization == "injective":
+            found.add_(gradient.u[rows])
+        _place(found, target)
+        grad_phi = chunks.take("grad features", *phi.shape)
+        torch.bmm(values, matrix[rows].mT, out=grad_phi)
+        if normalization != "none":
+            grad_phi.add_(gradient.z[rows])
+        chunks.backward(x, grad_phi, grad_k[images, tokens])
+    chunks.workspace.close()
     grad_temperature = None
     if temperature is not None and needs[3]:
-        total = map_.grad_temperature
-        grad_temperature = torch.zeros_like(temperature) if total is None else total
-        grad_temperature = grad_temperature.to(temperature.dtype)
+        total = chunks.grad_temperature
+        grad_temperature = (
+            torch.zeros_like(temperature) if total is None else total.view(temperature.shape)
+        )
+        grad_temperature = total.to(temperature.dtype)
     return grad_query, grad_key, grad_value, grad_temperature
+
+
+def _of_state(
+    gradient: State, state: State, reader: _Reader, normalization: str, heads: int
+) -> State:
+    """The gradient of S, z and u of key heads, from that of what heads of queries read."""
+    product, z, u = gradient.product, gradient.z, gradient.u
+    group = reader.heads // heads
+    if group > 1:
+        product, z, u = (
+            x.unflatten(0, (-1, heads, group)).sum(2).flatten(0, 1) for x in (product, z, u)
+        )
+    product = product * reader.share
+    if normalization == "sum":
+        z = z * reader.share
+    elif normalization == "injective":
+        z = (state.u @ product.mT) / -reader.count
+        u = (u - state.z @ product) / reader.count
+    return State(product, z, u)

@@ -15,7 +15,7 @@ from torch import Tensor
 from vitarium.ops.kernels import linear_kernels as kernels
 from vitarium.ops.kernels.launch import launch, widths
 from vitarium.ops.kernels.rows import view, views
-from vitarium.ops.linear_features import HALF, Focus
+from vitarium.ops.linear_features import HALF, SMALLEST, Focus
 
 MAPS = {"identity": 0, "relu": 1, "leaky_relu": 2, "elu": 3}  # as the kernels number them
 MODES = {"none": 0, "sum": 1, "injective": 2}
@@ -191,14 +191,24 @@ class _Focused:
     """Focused features of whole maps, in PyTorch: their norms are of all heads together."""
 
     def __init__(self, x: Tensor, focusing_factor: float, temperature: Tensor | None) -> None:
+        self.x, self.temperature = x, temperature
         wide = x.float() if x.dtype in HALF else x
-        temperature = None if temperature is None else temperature.to(wide.dtype)
-        self.x, self.focus = wide, Focus(wide, focusing_factor, temperature)
-        self.features = (self.focus.power * self.focus.ratio).to(x.dtype)
+        positive = wide.clamp(min=0).add_(SMALLEST).flatten(0, -3).flatten(1)
+        if temperature is not None:
+            positive = positive.div_(temperature.flatten())
+        power, scratch = (torch.empty_like(positive) for _ in range(2))
+        self.focus = Focus(positive, focusing_factor, power, scratch)
+        self.features = (power * self.focus.ratio).view(x.shape).to(x.dtype)
 
     def backward(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        found, total = self.focus.backward(self.x, grad.to(self.x.dtype, copy=True))
-        return found.to(grad.dtype), total
+        """Gradients of x and of the temperature, from that of the features."""
+        rows, total = grad.view(self.focus.positive.shape).to(torch.float32, copy=True), None
+        self.focus.backward(rows, True)
+        if self.temperature is not None:
+            divisor = self.temperature.flatten()
+            total = (rows * self.focus.positive).sum(0).div_(-divisor).view(self.temperature.shape)
+            rows.div_(divisor)
+        return torch.where(self.x > 0, rows.view(self.x.shape), 0).to(grad.dtype), total
 
 
 def forward(

@@ -240,7 +240,7 @@ def portable(
             scale=scale,
         )
         return output.transpose(1, 2).contiguous().view(*query.shape[:-1], value.shape[-1])
-    small = SMALL[query.element_size() > 2] if training else SMALL_INFERENCE
+    small = SMALL[int(query.element_size() > 2)] if training else SMALL_INFERENCE
     if scores <= small and query.is_cpu and not torch.compiler.is_compiling():
         hides = bias is not None and has_infinities(bias)
         if is_causal or hides:

@@ -32,9 +32,9 @@ class HiLoAttention(Mixer, name="hilo"):
 
     A map that s does not divide is padded with zeros at the bottom and right before the
     projections; they are attended to and averaged like any token, as in the official code for
-    dense prediction. With s = 1 all heads attend to the whole map. Cost for N tokens of which l / h
-    of all h heads are low: N C^2 (4 - 2 l / h (1 - 1 / s^2)) less what narrow output projections
-    save, and 2 N C (s^2 (1 - l / h) + N / s^2 l / h) of the attention, in multiply-adds.
+    dense prediction. With s = 1 all heads attend to the whole map. Cost for N tokens, a share a of
+    the heads being low: N C^2 (3 - 2 a (1 - 1 / s^2) + a^2 + (1 - a)^2) for the projections and
+    2 N C (a N / s^2 + (1 - a) s^2) of the attention, in multiply-adds.
 
     Args:
         dim: number of channels C.

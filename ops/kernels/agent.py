@@ -100,8 +100,10 @@ def forward(
     room = values_room(value, agent)
     count = room + math.prod(agent.shape[:-1]) + math.prod(query.shape[:-1])
     saved = query.new_empty(count, dtype=torch.float32)
-    saved[:room].zero_()  # a part of which nobody writes
     values, gathered, logsumexp = _parts(saved, query, value, agent)
+    rest = saved[:room].view(query.dtype)[values.numel() :]
+    if rest.numel():  # that nobody writes to
+        rest.zero_()
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     if not output.numel() or not _count(key):
         return output.zero_(), saved.zero_()

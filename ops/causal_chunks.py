@@ -24,8 +24,11 @@ from torch import Tensor
 from vitarium.ops.workspace import Workspace
 
 CHUNK = 64  # tokens of a chunk, at most
+CHUNK_BFLOAT16 = 100  # the same in bfloat16, whose products want to be large
 CHUNKS = 32  # chunks of a segment, at most: states cost a product with that many rows
-SEGMENT = 4096  # tokens of a segment, at most, those of all heads and images counted
+# Tokens of a segment, at most, those of all heads and images counted.
+CPU_SEGMENT = 1 << 12
+DEVICE_SEGMENT = 1 << 20
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -39,6 +42,11 @@ def powers(decays: Sequence[float], exponents: Tensor) -> Tensor:
     return base.view(-1, *(1,) * exponents.dim()) ** exponents
 
 
+def _to(dtype: torch.dtype, numbers: Tensor) -> Tensor:
+    """In another dtype, without subnormal numbers, which processors are slow with."""
+    return numbers.masked_fill(numbers < torch.finfo(working_dtype(dtype)).tiny, 0).to(dtype)
+
+
 def count(tokens: int, device: torch.device, first: int = 0) -> Tensor:
     """Numbers of tokens, in float64 where the device has it."""
     precise = torch.float32 if device.type == "mps" else torch.float64
@@ -49,12 +57,13 @@ def decay_matrix(decays: Sequence[float], tokens: int, *, like: Tensor) -> Tenso
     """`(heads, tokens, tokens)`: r^(i - j) for j <= i, else 0."""
     places = count(tokens, like.device)
     distance = places[:, None] - places
-    return powers(decays, distance.clamp(min=0)).tril().to(like.dtype)
+    return _to(like.dtype, powers(decays, distance.clamp(min=0)).tril())
 
 
-def _chunk(tokens: int) -> int:
+def _chunk(tokens: int, dtype: torch.dtype) -> int:
     """Tokens of each chunk but the last, which may be shorter; all nearly equal."""
-    return -(-tokens // -(-tokens // CHUNK))
+    most = CHUNK_BFLOAT16 if dtype == torch.bfloat16 else CHUNK
+    return -(-tokens // -(-tokens // most))
 
 
 # --- whole sequences at once, as plain ATen ------------------------------------------------------
@@ -79,7 +88,7 @@ def attend_plain(
     if chunks > 1:
         places = count(chunk, device)
         before, after = (
-            powers(decays, exponents)[:, None, :, None].to(query.dtype)
+            _to(query.dtype, powers(decays, exponents)[:, None, :, None])
             for exponents in (places + 1, chunk - 1 - places)
         )
         states = ((key * after).mT @ value).flatten(-2)
@@ -128,7 +137,7 @@ class _Tables:
         read, write = powers(decays, places + 1), powers(decays, chunk - 1 - places)
         # One more row than chunks: the state that the segment leaves.
         states = F.pad(decay_matrix(steps, chunks, like=like), (0, 0, 1, 0))
-        carried = powers(steps, count(chunks + 1, device)).to(like.dtype)
+        carried = _to(like.dtype, powers(steps, count(chunks + 1, device)))
         if reverse:
             within, states = within.mT, states.flip(1, 2)
             read, write, carried = read.flip(1), write.flip(1), carried.flip(1)
@@ -141,7 +150,7 @@ class _Tables:
         self.state = states[:, last : last + 1].contiguous()
         self.carry = carried[:, last : last + 1, None].contiguous()
         self.forgets = any(decay != 1 for decay in decays)
-        self.read, self.write = (x[:, None, :, None].to(product) for x in (read, write))
+        self.read, self.write = (_to(product, x[:, None, :, None]) for x in (read, write))
 
 
 _tables = functools.lru_cache(maxsize=64)(_Tables)
@@ -174,10 +183,11 @@ def attend(
         for given in (value, key)[: len(askers)]
     ]
     work = Workspace(query)
-    chunk = _chunk(tokens)
+    chunk = _chunk(tokens, query.dtype)
     whole = tokens // chunk
-    each = max(1, min(whole, CHUNKS, SEGMENT // (heads * chunk)))  # chunks of a segment
-    images = max(1, SEGMENT // (heads * chunk * each))
+    limit = (CPU_SEGMENT if query.is_cpu else DEVICE_SEGMENT) // (heads * chunk)
+    each = max(1, min(whole, CHUNKS, limit))  # chunks of a segment
+    images = max(1, limit // each)
     segments = [(i * chunk, min(each, whole - i), chunk) for i in range(0, whole, each)]
     if tokens % chunk:
         segments.append((whole * chunk, 1, tokens % chunk))

@@ -151,7 +151,13 @@ def test_channel_v2(arguments: dict[str, Any], size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_cascaded_group(arguments: dict[str, Any], size: tuple[int, int], training: bool) -> None:
     theirs = _random(TimmLocalWindowAttention(32, **arguments))
+    state = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
     _train(theirs, training)
+    try:
+        _channels_last(theirs)(_map(*size, 32))
+    except AssertionError:
+        pytest.skip("older timm takes maps of its resolution only")
+    theirs.load_state_dict(state)
     _assert_same(
         CascadedGroupAttention(32, **arguments), theirs, _channels_last(theirs), _map(*size, 32)
     )

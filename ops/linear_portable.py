@@ -17,8 +17,9 @@ from torch import Tensor
 from vitarium.ops.linear_features import HALF, SLOPE, SMALLEST, Focus, row_sums
 from vitarium.ops.workspace import Workspace
 
-CHUNK = 1 << 18  # elements of a chunk of tokens: what is done with it finds it in cache
-LONG = 256  # tokens of which heads are copied one by one
+CHUNK = 1 << 19  # elements of a chunk of tokens: what is done with it finds it in cache
+SMALL = 1 << 15  # elements of an image below which several make a chunk
+LONG = 128  # tokens of which heads are copied one by one
 
 Chunk = tuple[slice, slice]  # of images, of tokens
 
@@ -67,14 +68,14 @@ def _chunks(x: Tensor) -> Iterator[Chunk]:
     """Chunks of `(B, N, heads, channels)`: some tokens of one image, or several images."""
     images, tokens = x.shape[:2]
     width = x.shape[2] * x.shape[3]
-    if tokens * width > CHUNK:
+    if tokens * width > SMALL:
         # Of equal lengths, whose buffers are the same.
         length = -(-tokens // -(-tokens * width // CHUNK))
         for image in range(images):
             for token in range(0, tokens, length):
                 yield slice(image, image + 1), slice(token, min(token + length, tokens))
         return
-    count = CHUNK // (tokens * width)
+    count = 2 * SMALL // (tokens * width)
     for image in range(0, images, count):
         yield slice(image, min(image + count, images)), slice(0, tokens)
 
@@ -111,6 +112,10 @@ class _Chunks:
     def take(self, name: str, *shape: int) -> Tensor:
         """A buffer, see `Workspace.take`."""
         return self.workspace.take(f"linear {name}", shape, self.dtype)
+
+    def direct(self, x: Tensor) -> bool:
+        """Whether whole images `(B, N, heads, channels)` are multiplied where they lie."""
+        return self.map == "identity" and self.dtype == x.dtype and x[:1].numel() > SMALL
 
     def rows(self, name: str, x: Tensor) -> Tensor:
         """Tokens `(images, T, heads, channels)` as `(images * heads, T, channels)`."""
@@ -186,15 +191,28 @@ class _Chunks:
             target.copy_(torch.ops.aten.threshold_backward(grad, found.to(grad.dtype), 0))
 
 
-def _place(rows: Tensor, target: Tensor) -> Tensor:
-    """Copies `(images * heads, T, channels)` to `(images, T, heads, channels)`."""
+def _place(rows: Tensor, target: Tensor, more: Tensor | None = None) -> Tensor:
+    """Writes `(images * heads, T, channels)` to `(images, T, heads, channels)`.
+
+    `more`, `(images * heads, 1, channels)`, is added.
+    """
     images, tokens, heads, _ = target.shape
     if tokens < LONG:
+        rows = rows if more is None else rows.add_(more)
         return target.copy_(rows.unflatten(0, (images, heads)).transpose(1, 2))
     # Several times faster than all at once, which would go from head to head at every token.
-    for row in range(images * heads):
-        target[row // heads, :, row % heads].copy_(rows[row])
+    for row, found in enumerate(rows.unbind()):
+        place = target[row // heads, :, row % heads]
+        if more is None:
+            place.copy_(found)
+        else:
+            torch.add(found, more[row], out=place)
     return target
+
+
+def _images(x: Tensor) -> tuple[Tensor, ...]:
+    """`(heads, N, channels)` of every image."""
+    return x.transpose(1, 2).unbind()
 
 
 def _tokens(*maps: Tensor) -> list[Tensor]:
@@ -208,15 +226,27 @@ def _state(key: Tensor, value: Tensor, chunks: _Chunks, normalization: str) -> S
     dtype = torch.float32 if key.dtype in HALF else key.dtype
     widths = (key.shape[-1], value.shape[-1])
     state = State.zeros(key, dtype, key.shape[0] * heads, *widths)
+    if chunks.direct(key):
+        product = key.new_empty((key.shape[0], heads, *widths))
+        sums = [x.unflatten(0, (-1, heads)).squeeze(2).unbind() for x in (state.z, state.u)]
+        for image, (k, v) in enumerate(zip(_images(key), _images(value))):
+            # The sums, which read in order, bring the image into the cache.
+            if normalization != "none":
+                torch.sum(k, 1, out=sums[0][image], dtype=dtype)
+            if normalization == "injective":
+                torch.sum(v, 1, out=sums[1][image], dtype=dtype)
+            torch.bmm(k.mT, v, out=product[image])
+        state.product = product.flatten(0, 1).to(dtype)
+        return state
     for images, tokens in _chunks(key):
         rows = slice(images.start * heads, images.stop * heads)
         k = chunks.features(key[images, tokens])
         v = chunks.rows("value", value[images, tokens])
-        state.add(rows, k, v)
         if normalization != "none":
             state.z[rows] += k.sum(1, keepdim=True, dtype=dtype)
         if normalization == "injective":
             state.u[rows] += v.sum(1, keepdim=True, dtype=dtype)
+        state.add(rows, k, v)
     return state
 
 
@@ -269,6 +299,14 @@ class _Reader:
         ratio = focus.ratio.view(-1, 1, weight.shape[1], 1)
         return weight.unflatten(0, (len(ratio), -1)).add_(self.eps / ratio).flatten(0, 1)
 
+    def write(
+        self, rows: slice, features: Tensor, found: Tensor, focus: Focus | None, target: Tensor
+    ) -> None:
+        """Writes the output that belongs to what features of queries found, a buffer."""
+        if self.total is not None:
+            found.div_(self.weight(rows, features, focus))
+        _place(found, target, None if self.mean is None else self.mean[rows])
+
 
 def forward(
     query: Tensor,
@@ -287,16 +325,19 @@ def forward(
     chunks = _Chunks(feature_map, focusing_factor, temperature, query, False)
     state = _state(k, v, chunks, normalization)
     reader = _Reader(state, q, k, chunks.dtype, normalization, scale, eps)
-    for images, tokens in _chunks(q):
-        rows, target = reader.rows(images), out[images, tokens]
-        phi = chunks.features(q[images, tokens], reader.scaled)
-        found = chunks.take("found", *phi.shape[:2], v.shape[-1])
-        torch.bmm(phi, reader.matrix[rows], out=found)
-        if reader.total is not None:
-            found.div_(reader.weight(rows, phi, chunks.focus))
-        elif reader.mean is not None:
-            found.add_(reader.mean[rows])
-        _place(found, target)
+    if chunks.direct(q):
+        found = chunks.take("found", q.shape[2], q.shape[1], v.shape[-1])
+        for image, x in enumerate(_images(q)):
+            rows = reader.rows(slice(image, image + 1))
+            torch.bmm(x, reader.matrix[rows], out=found)
+            reader.write(rows, x, found, None, out[image : image + 1])
+    else:
+        for images, tokens in _chunks(q):
+            rows = reader.rows(images)
+            phi = chunks.features(q[images, tokens], reader.scaled)
+            found = chunks.take("found", *phi.shape[:2], v.shape[-1])
+            torch.bmm(phi, reader.matrix[rows], out=found)
+            reader.write(rows, phi, found, chunks.focus, out[images, tokens])
     chunks.workspace.close()
     saved = state_shape(query, key, value)
     if len(saved) == 1:
@@ -362,9 +403,7 @@ def backward(
         values = chunks.rows("value", v[images, tokens])
         found = chunks.take("found", *values.shape)
         torch.bmm(phi, matrix[rows], out=found)
-        if normalization == "injective":
-            found.add_(gradient.u[rows])
-        _place(found, target)
+        _place(found, target, gradient.u[rows] if normalization == "injective" else None)
         grad_phi = chunks.take("grad features", *phi.shape)
         torch.bmm(values, matrix[rows].mT, out=grad_phi)
         if normalization != "none":
@@ -374,10 +413,8 @@ def backward(
     grad_temperature = None
     if temperature is not None and needs[3]:
         total = chunks.grad_temperature
-        grad_temperature = (
-            torch.zeros_like(temperature) if total is None else total.view(temperature.shape)
-        )
-        grad_temperature = total.to(temperature.dtype)
+        total = temperature.new_zeros(temperature.numel()) if total is None else total
+        grad_temperature = total.view(temperature.shape).to(temperature.dtype)
     return grad_query, grad_key, grad_value, grad_temperature
 
 

@@ -120,12 +120,19 @@ class DiscAttention(Mixer, name="disc"):
         return self.rpb + mask.to(self.rpb.dtype)
 
     def pool(self, x: Tensor) -> Tensor:
-        """Weighted sums of the blocks of `(B, H, W, heads, channels)`: `(B, blocks, ...)`."""
+        """Weighted sums of the blocks of `(B, H, W, heads, channels)`: `(B, blocks, ...)`.
+
+        Raises:
+            ValueError: there is no `down_factor`.
+        """
+        weight = self.spatial_weight
+        if weight is None:
+            raise ValueError("DiscAttention: without down_factor there is nothing to pool")
         height, width = x.shape[1:3]
-        factor = self.down_factor
+        factor = len(weight)
         padded = F.pad(x, (0, 0, 0, 0, 0, -width % factor, 0, -height % factor))
         blocks = padded.unflatten(2, (-1, factor)).unflatten(1, (-1, factor))
-        weight = self.spatial_weight[:, None, :, None, None].to(x.dtype)
+        weight = weight[:, None, :, None, None].to(x.dtype)
         return (blocks * weight).sum((2, 4)).flatten(1, 2)
 
     def mix(self, x: Tensor, context: Tensor | None = None) -> Tensor:

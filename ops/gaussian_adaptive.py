@@ -226,6 +226,8 @@ class GaussianBlock(Mixer, name="gaussian_block"):
 
     def _attention_map(self, x: Tensor, row: int, column: int) -> Tensor:
         """That of the last layer."""
-        for layer in self.layers[:-1]:
+        *layers, last = self.layers
+        for layer in layers:
             x = x + layer(x)
-        return self.layers[-1].attention_map(x, (row, column))
+        assert isinstance(last, GaussianAdaptiveAttention)
+        return last.attention_map(x, (row, column))

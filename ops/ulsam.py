@@ -60,12 +60,13 @@ class SubspaceAttention(Mixer, name="ulsam"):
 
     def weights(self, x: Tensor) -> Tensor:
         """The weights `(B, H, W, num_splits)`, which sum to 1 over the positions of each group."""
-        scaled = x * self.conv_dws.weight.flatten() + self.conv_dws.bias
+        dws, point = (dict(conv.named_parameters()) for conv in (self.conv_dws, self.conv_point))
+        scaled = x * dws["weight"].flatten() + dws["bias"]
         found = F.relu(self.bn_dws(scaled.permute(0, 3, 1, 2)))
         found = F.max_pool2d(found, 3, stride=1, padding=1)
         # A product and a sum: grouped convolutions with one output are slow.
         groups = found.permute(0, 2, 3, 1).unflatten(-1, (self.num_splits, -1))
-        found = (groups * self.conv_point.weight.flatten(1)).sum(-1) + self.conv_point.bias
+        found = (groups * point["weight"].flatten(1)).sum(-1) + point["bias"]
         found = F.relu(self.bn_point(found.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         return found.flatten(1, 2).softmax(1).view(found.shape)
 

@@ -108,11 +108,12 @@ def test_kmeans_routing(path, implementation, parity):
     """Without projections, which the official module does not have; those of ours are dropped."""
     golden = parity.load(path)
     arguments = dict(golden["constructor"])
-    (names,) = golden["input"]
-    shape = golden["input"][names]["shape"]
-    query, key, value = (x.transpose(1, 2) for x in _draw(*[shape] * 3))
+    context = arguments.pop("receives_context", False) or None
+    shapes = [
+        spec["shape"] for names, spec in golden["input"].items() for _ in names.split(",")
+    ]  # of q, k, v
+    query, key, value = (x.transpose(1, 2) for x in _draw(*shapes))
     dim = arguments["num_heads"] * arguments["head_dim"]
-    arguments.pop("receives_context", None)
     mixer = build_mixer(("kmeans_routing", arguments), dim, dtype=torch.float64)
     projections = {key: x for key, x in mixer.state_dict().items() if key.startswith("to_")}
     weights = parity.state_dict(golden["state_dict"])
@@ -120,13 +121,13 @@ def test_kmeans_routing(path, implementation, parity):
     mixer.load_state_dict({**projections, **weights}, strict=True)
     mixer.eval()
     with backend(implementation):
-        routes = mixer.route(query, key)
+        routes = mixer.route(query, key, context)
         output = mixer.attend(query, key, value, routes)
     _close(output.transpose(1, 2), golden["output"]["out"]["data"])
-    times = torch.nn.functional.one_hot(routes[0].flatten(2), shape[2]).sum(2)
+    times = F.one_hot(routes[0].flatten(2), query.shape[1]).sum(2)
     _close(times.double(), golden["output"]["times_each_query_was_selected"]["data"])
     assert mixer.commitment_loss is None
-    mixer.train().route(query, key)
+    mixer.train().route(query, key, context)
     _close(mixer.commitment_loss, golden["aux_loss"])
 
 
@@ -253,7 +254,9 @@ def test_sparsifiner_attention(path, implementation, parity):
     (x,) = _draw(golden["input"]["x"]["shape"])
     with backend(implementation):
         output, token_mask = mixer.mix_tokens(x)
-    assert token_mask is None
+    assert (token_mask is None) == ("token_mask" not in golden["output"])
+    if token_mask is not None:
+        _close(token_mask.double(), golden["output"]["token_mask"]["data"])
     _close(output, golden["output"]["x"]["data"])
     if "approx_attn_first64" in golden["output"]:
         query, key, _ = qkv_heads(mixer.qkv, x, mixer.num_heads)

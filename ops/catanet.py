@@ -130,16 +130,14 @@ class TokenAggregationAttention(Mixer, name="token_aggregation"):
         self.conv1x1 = nn.Linear(dim, dim, bias=False, **factory)
         self.register_buffer("means", torch.randn(num_tokens, dim, **factory))
         self.register_buffer("initted", torch.tensor(False, device=device))
-        self._ready = False  # what `initted` says, without a look at a tensor
+        self._ready = False  # true only if `initted` is, without a look at a tensor
 
     def centres(self, tokens: Tensor) -> Tensor:
         """The centres `(num_tokens, C)` that tokens `(B, N, C)` meet; in training, moved ones."""
         wide = torch.promote_types(tokens.dtype, torch.float32)
-        means = self.means.to(wide, copy=True)
-        if not self._ready:
-            means = self._means_of_runs(tokens.detach().to(wide))
+        held = self._held(tokens.detach().to(wide))
         if not self.training:
-            return means
+            return held
         units, means = (
             F.normalize(tokens.to(wide), dim=-1).flatten(0, 1),
             F.normalize(means, dim=-1),
@@ -148,12 +146,20 @@ class TokenAggregationAttention(Mixer, name="token_aggregation"):
             for _ in range(self.n_iter - 1):
                 means = spherical_kmeans.step(units, means)
         means = spherical_kmeans.step(units, means)  # the last one has a gradient
-        decay = self.ema_decay if self._ready else 0.0
         with torch.no_grad():
-            self.means.copy_(torch.lerp(means, self.means.to(wide), decay))
+            decay = self.ema_decay * self.initted
+            self.means.copy_(means + decay.to(wide) * (self.means.to(wide) - means))
             self.initted.fill_(True)
         self._ready = True
         return means
+
+    def _held(self, tokens: Tensor) -> Tensor:
+        """The centres held, or if there has been no training the means of runs of these tokens."""
+        means = self.means.to(tokens.dtype, copy=True)
+        if self._ready:
+            return means
+        # Not so sure: a copy of a model for averages gets its tensors by other ways than loading.
+        return torch.where(self.initted, means, self._means_of_runs(tokens))
 
     def _means_of_runs(self, tokens: Tensor) -> Tensor:
         """Of as many runs of tokens in raster order as there are centres, of all images."""
@@ -211,9 +217,7 @@ class TokenAggregationAttention(Mixer, name="token_aggregation"):
         maps = []
         for image in x:
             tokens = image[None].flatten(1, 2)
-            means = self.means
-            if not self._ready:
-                means = self._means_of_runs(tokens)
+            means = self._held(tokens)
             query, key = self._heads(self.to_q(tokens)), self._heads(self.to_k(tokens))
             order = self.order(tokens, means)
 

@@ -122,7 +122,7 @@ class KmeansRouter(nn.Module):
         means = F.normalize(torch.randn(num_heads, num_clusters, head_dim, **factory), dim=-1)
         self.register_buffer("means", means)
         self.register_buffer("initted", torch.tensor(False, device=factory.get("device")))
-        self._ready = False  # what `initted` says, without a look at a tensor
+        self._ready = False  # whether training found `means`, without a look at a tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """Similarity `(B, heads, N, T)` of the directions of x `(B, N, heads, head_dim)`."""

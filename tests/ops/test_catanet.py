@@ -1,5 +1,7 @@
 """CATANet's mixers: what is sorted, what training moves, what a short map does."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -60,6 +62,17 @@ def test_training_moves_centres():
     again = TokenAggregationAttention(8, num_heads=1, num_tokens=3, dtype=torch.float64)
     again.load_state_dict(mixer.state_dict())
     torch.testing.assert_close(again.eval()(x), mixer.eval()(x))
+
+
+def test_copies_that_get_tensors_one_by_one_meet_the_centres():
+    """As averages of a model in training do."""
+    mixer = TokenAggregationAttention(8, num_heads=1)
+    average = copy.deepcopy(mixer)
+    x = torch.randn(2, 4, 5, 8)
+    mixer.train()(x)
+    for own, other in zip(average.state_dict().values(), mixer.state_dict().values()):
+        own.copy_(other)
+    torch.testing.assert_close(average.eval()(x), mixer.eval()(x))
 
 
 @pytest.mark.parametrize(("length", "size"), [(18, 8), (8, 8), (16, 8), (21, 5), (5, 5), (4, 3)])

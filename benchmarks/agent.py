@@ -34,7 +34,7 @@ def _case(
     batch_size: int, side: int, heads: int, width: int, agents: int, bias: bool = True
 ) -> Case:
     shape = (batch_size, side, side, heads, width)
-    shapes = dict.fromkeys(("query", "key", "value"), shape)
+    shapes: dict[str, tuple[int, ...]] = {"query": shape, "key": shape, "value": shape}
     shapes["agent"] = (batch_size, agents, heads, width)
     note = f"{side}x{side} heads {heads} width {width} agents {agents}"
     if bias:

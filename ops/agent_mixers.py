@@ -235,7 +235,8 @@ class AgentAttention(Agents, Mixer, name="agent"):
                 f"{self.dim})"
             )
         if size is None:
-            size = (math.isqrt(x.shape[1] - 1),) * 2
+            side = math.isqrt(x.shape[1] - 1)
+            size = side, side
         if 1 + size[0] * size[1] != x.shape[1] or not x.shape[1] > 1:
             raise ValueError(f"AgentAttention: size={size} is not that of {x.shape[1] - 1} tokens")
         query, key, value = qkv_heads(self.qkv, x, self.num_heads)

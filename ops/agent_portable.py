@@ -71,13 +71,13 @@ class _Saved:
             (batch, heads, agents, _count(key)),
             (batch, heads, _count(query), agents),
         )
-        self.rests = []  # that nothing is written to
-        found = []
-        for part, shape in zip(parts, shapes):
-            whole, size = part.view(query.dtype), math.prod(shape)
-            found.append(whole[:size].view(shape) if part.numel() else None)
-            self.rests.append(whole[size:] if part.numel() else whole)
-        self.values, self.gathering, self.reading = found
+        wholes = [part.view(query.dtype) for part in parts]
+        sizes = [math.prod(s) if part.numel() else 0 for s, part in zip(shapes, parts)]
+        self.rests = [whole[size:] for whole, size in zip(wholes, sizes)]  # never written to
+        values, gathering, reading = (whole[:n] for whole, n in zip(wholes, sizes))
+        self.values = values.view(shapes[0])
+        self.gathering = gathering.view(shapes[1]) if sizes[1] else None
+        self.reading = reading.view(shapes[2]) if sizes[2] else None
 
 
 class _Images:
@@ -106,9 +106,13 @@ class _Images:
     def written(self, result: Tensor, x: Tensor) -> None:
         x[self.images].transpose(1, 2).copy_(result.unflatten(0, self.pairs))
 
-    def stack(self, x: Tensor | None) -> Tensor | None:
+    def stack(self, x: Tensor) -> Tensor:
         """`(images and heads, tokens, channels)` of `(B, heads, tokens, channels)`."""
-        return None if x is None else x[self.images].flatten(0, 1)
+        return x[self.images].flatten(0, 1)
+
+    def kept(self, x: Tensor | None) -> Tensor | None:
+        """`stack` of weights, if they are kept."""
+        return None if x is None else self.stack(x)
 
 
 def _pieces(
@@ -193,7 +197,7 @@ def forward(
             gathering = reading = None
             values = work.take("agent values", (*a.shape[:2], v.shape[2]), v.dtype)
         else:
-            gathering, reading = piece.stack(kept.gathering), piece.stack(kept.reading)
+            gathering, reading = piece.kept(kept.gathering), piece.kept(kept.reading)
             values = piece.stack(kept.values)
         _attend(softmax, a, k, v, scale, tables[0], piece.pairs, gathering, values)
         out = piece.target(target, "output")
@@ -257,7 +261,7 @@ def backward(
         a, q = piece.operand(agent, "agent"), piece.operand(query, "query")
         k, v = piece.operand(key, "key"), piece.operand(value, "value")
         g = piece.operand(grad, "grad")
-        gathering, reading = piece.stack(kept.gathering), piece.stack(kept.reading)
+        gathering, reading = piece.kept(kept.gathering), piece.kept(kept.reading)
         values = piece.stack(kept.values)
         grad_a = _Sum(a, "grad agent", softmax)
         grad_values = _Sum(values, "grad agent values", softmax)

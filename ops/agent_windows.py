@@ -210,8 +210,8 @@ class AgentStripes(Agents):
         size = query.shape[1], query.shape[2]
         windows = self.windows(*size)
         query, key, value = map(windows.cut, (query, key, value))
-        heads = (x.unflatten(-1, (self.num_heads, -1)) for x in (query, key, value))
-        output = self.attend(*heads, self.pooled(query)).flatten(-2)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (query, key, value))
+        output = self.attend(q, k, v, self.pooled(query)).flatten(-2)
         return windows.joined(output + convolved(self.get_v, value), size)
 
 

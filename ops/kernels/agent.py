@@ -248,15 +248,14 @@ def _bias_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of both biases, from what `dense.bias_gradient` takes of either stage."""
     query, key, value, agent, *biases = tensors
-    operands = (agent, key, value), (query, agent, values)
-    return tuple(
-        None
-        if bias is None or not need
-        else dense.bias_gradient(grad, *three, bias, length, delta, scale)
-        for grad, three, bias, length, delta, need in zip(
-            grads, operands, biases, lengths, deltas, needs
-        )
-    )
+    found: list[Tensor | None] = []
+    for i, (q, k, v) in enumerate(((agent, key, value), (query, agent, values))):
+        if biases[i] is None or not needs[i]:
+            found.append(None)
+            continue
+        rows = lengths[i], deltas[i]
+        found.append(dense.bias_gradient(grads[i], q, k, v, biases[i], *rows, scale))
+    return tuple(found)
 
 
 def _dense_backward(

@@ -69,6 +69,7 @@ def test_every_configuration_compiles_well(
         ({"window_size": 9}, ["local_forward", *["local_backward"] * 3]),
         ({"halo": 1}, ["local_forward", *["local_backward"] * 3]),
         ({"spatial": (9,), "window_size": 40}, ["window_kernels", "window_kernels"]),
+        ({"window_size": 2}, ["window_kernels", "window_kernels"]),
         ({"spatial": (9, 9, 9), "window_size": 2}, ["local_forward", *["local_backward"] * 3]),
     ],
 )
@@ -94,6 +95,22 @@ def test_small_windows_have_kernels_of_their_own(
     grads = local.backward(output, query, key, key, bias, output, logsumexp, windows, 0.2, True)
     assert [grad.shape for grad in grads] == [t.shape for t in (query, key, key, bias)]
     assert found == kernels
+
+
+@pytest.mark.parametrize(
+    ("window_size", "patch"),
+    [((2, 2), (8, 8)), ((1, 3), (8, 6)), ((3, 2), (6, 8)), ((7, 7), (7, 7)), ((2,), (64,))],
+)
+def test_tiny_windows_share_a_tile(window_size: tuple[int, ...], patch: tuple[int, ...]) -> None:
+    pytest.importorskip("triton")
+    from vitarium.ops.kernels import window
+
+    windows = tuple(Block(size, 1, size // 2, 0, 0) for size in window_size)
+    found = window._patch(windows)
+    assert tuple(axis.window_size for axis in found) == patch
+    assert [axis.lead for axis in found] == [axis.lead for axis in windows]
+    tokens, columns = window._tile(found)
+    assert tokens == 64 and columns >= patch[-1]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")

@@ -83,7 +83,7 @@ class Focus:
             power.copy_(scratch)
         else:
             torch.div(positive, positive.amax(1, keepdim=True), out=power).pow_(focusing_factor)
-        self.power_square = row_sums(torch.mul(power, power, out=scratch))
+        self.power_square = torch.linalg.vector_norm(power, dim=1, keepdim=True).square_()
         self.ratio = (self.square / self.power_square).sqrt_()
 
     def backward(self, grad: Tensor, scaled: bool) -> None:

@@ -18,8 +18,8 @@ from vitarium.ops.linear_features import HALF, SLOPE, SMALLEST, Focus, row_sums
 from vitarium.ops.workspace import Workspace
 
 CHUNK = 1 << 19  # elements of a chunk of tokens: what is done with it finds it in cache
-SMALL = 1 << 15  # elements of an image below which several make a chunk
-LONG = 128  # tokens of which heads are copied one by one
+SMALL = 1 << 17  # elements of an image below which several make a chunk
+LONG = 2048  # tokens of which heads are copied one by one
 
 Chunk = tuple[slice, slice]  # of images, of tokens
 
@@ -75,7 +75,7 @@ def _chunks(x: Tensor) -> Iterator[Chunk]:
             for token in range(0, tokens, length):
                 yield slice(image, image + 1), slice(token, min(token + length, tokens))
         return
-    count = 2 * SMALL // (tokens * width)
+    count = max(1, CHUNK // (tokens * width))
     for image in range(0, images, count):
         yield slice(image, min(image + count, images)), slice(0, tokens)
 
@@ -102,9 +102,10 @@ class _Chunks:
         wide = like.dtype in HALF and (training or feature_map in ("elu", "focused"))
         self.dtype = torch.float32 if wide else like.dtype
         self.workspace = Workspace(like)
-        self.temperature = None
+        self.temperature = temperature
         if temperature is not None:
-            self.temperature = temperature.detach().to(self.dtype).flatten()
+            self.coldness = temperature.detach().to(self.dtype).flatten().reciprocal()
+            self.smallest = SMALLEST * self.coldness
         self.grad_temperature: Tensor | None = None
         self.focus: Focus | None = None
         self._features: Tensor | None = None
@@ -143,9 +144,11 @@ class _Chunks:
         elif self.map == "elu":
             F.elu_(found).add_(1)
         elif self.map == "focused":
-            tokens = found.view(x.shape[0] * x.shape[1], -1).add_(SMALLEST)
-            if self.temperature is not None:
-                tokens.div_(self.temperature)
+            tokens = found.view(x.shape[0] * x.shape[1], -1)
+            if self.temperature is None:
+                tokens.add_(SMALLEST)
+            else:
+                torch.addcmul(self.smallest, tokens, self.coldness, out=tokens)
             power, scratch = (self.take(name, *tokens.shape) for name in ("power", "scratch"))
             self.focus = Focus(tokens, self.factor, power, scratch)
             found = power.view(x.shape)
@@ -176,11 +179,11 @@ class _Chunks:
             self.focus.backward(tokens, scaled)
             if self.temperature is not None:
                 product = torch.mul(tokens, self.focus.positive, out=self.focus.scratch)
-                total = product.sum(0) / -self.temperature
+                total = product.sum(0).mul_(-self.coldness)
                 if self.grad_temperature is not None:
                     total += self.grad_temperature
                 self.grad_temperature = total
-                tokens.div_(self.temperature)
+                tokens.mul_(self.coldness)
         if self.map == "elu":
             torch.mul(grad, found.clamp_(max=1), out=target)
         elif self.map == "leaky_relu":

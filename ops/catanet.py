@@ -138,10 +138,8 @@ class TokenAggregationAttention(Mixer, name="token_aggregation"):
         held = self._held(tokens.detach().to(wide))
         if not self.training:
             return held
-        units, means = (
-            F.normalize(tokens.to(wide), dim=-1).flatten(0, 1),
-            F.normalize(means, dim=-1),
-        )
+        units = F.normalize(tokens.to(wide), dim=-1).flatten(0, 1)
+        means = F.normalize(held, dim=-1)
         with torch.no_grad():
             for _ in range(self.n_iter - 1):
                 means = spherical_kmeans.step(units, means)

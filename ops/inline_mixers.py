@@ -33,6 +33,8 @@ def _exponential(x: Tensor) -> Tensor:
     return torch.exp(0.2 * x)
 
 
+SMALL = 1 << 14  # elements of an image from which on it is worth a call of its own
+
 FEATURES: Mapping[str, FeatureMap] = {
     "identity": "identity",
     "relu": "relu",
@@ -66,6 +68,15 @@ def dynamic_convolution(x: Tensor, weight: Tensor) -> Tensor:
         `(B, H, W, C)`.
     """
     batch, channels = weight.shape[:2]
+    eager = not (torch.compiler.is_compiling() or dispatch.plain_aten())
+    if eager and x.device.type == "cpu" and x[:1].numel() > SMALL:
+        # One after the other, channels last: several times faster than all in one convolution.
+        kernels = weight.view(batch, channels, 1, 3, 3)
+        found = [
+            F.conv2d(image[None], kernel, padding=1, groups=channels)
+            for image, kernel in zip(x.permute(0, 3, 1, 2), kernels)
+        ]
+        return torch.cat(found).permute(0, 2, 3, 1)
     images = x.permute(0, 3, 1, 2).reshape(1, batch * channels, *x.shape[1:3])
     kernels = weight.reshape(batch * channels, 1, 3, 3)
     found = F.conv2d(images, kernels, padding=1, groups=batch * channels)

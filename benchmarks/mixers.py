@@ -159,9 +159,7 @@ def _measured(
     shape = (batch_size, *contest.size, contest.dim)
     x = torch.randn(shape, device=device, dtype=DTYPES[dtype])
     calls = {
-        name: _call(
-            module, x.permute(0, 3, 1, 2).contiguous() if _channels_first(name) else x, mode
-        )
+        name: call(module, x.permute(0, 3, 1, 2).contiguous() if _channels_first(name) else x, mode)
         for name, module in modules.items()
     }
     samples = timer.interleave(
@@ -194,7 +192,8 @@ def _measured(
     ]
 
 
-def _call(module: nn.Module, x: Tensor, mode: str) -> Callable[[], object]:
+def call(module: nn.Module, x: Tensor, mode: str) -> Callable[[], object]:
+    """A call of the module in a mode of `MODES`."""
     if mode == "forward":
 
         def forward() -> Tensor:

@@ -13,6 +13,7 @@ from vitarium.benchmarks import record
 from vitarium.benchmarks.breakdown import PARTS
 from vitarium.benchmarks.mixers import OURS
 from vitarium.benchmarks.record import Record
+from vitarium.benchmarks.scaling import exponents
 
 
 def print_table(records: Sequence[Record], console: Console | None = None) -> None:
@@ -163,6 +164,25 @@ def mixer_table(records: Sequence[Record]) -> Table:
             compared = r is not None and r is not ours and ours is not None
             cells.append(f"{text} [bold]x{ours.median / r.median:.2f}[/bold]" if compared else text)
         table.add_row(f"{first.name} {first.case} {first.dtype} {first.mode}", *cells)
+    return table
+
+
+def scaling_table(records: Sequence[Record]) -> Table:
+    """Mixers on maps of several sizes: a row per mixer, a column per size, ms, and the exponent."""
+    table = Table(
+        title="Mixers: median ms by size of the map, and the power of tokens that time grows with",
+        caption=where(records),
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    cases = dict.fromkeys(str(r.case) for r in records)
+    for heading in ("mixer", *cases, "power"):
+        table.add_column(heading, justify="left" if heading == "mixer" else "right", no_wrap=True)
+    for setting, power in exponents(records).items():
+        medians = {r.case: r.median for r in records if (r.name, r.dtype, r.mode) == setting}
+        cells = (f"{medians[case] * 1e3:.3g}" if case in medians else "" for case in cases)
+        table.add_row(" ".join(setting), *cells, f"{power:.2f}")
     return table
 
 

@@ -1,6 +1,7 @@
 """`vitarium bench`: measure models or operators, and draw what was measured.
 
-The first word says what is done (`models`, `ops`, `mixers`, `plot`); without it, words are models.
+The first word says what is done (`models`, `ops`, `mixers`,
+`scaling`, `plot`); without it, words are models.
 """
 
 from __future__ import annotations
@@ -186,6 +187,47 @@ def _run_mixers(config: Namespace) -> int:
     return 1 if outcome.refused else 0
 
 
+# --- growth with tokens ---------------------------------------------------------------------------
+
+
+def _scaling_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="The same mixers on maps of 196 to 65,536 tokens: by which power of their "
+        "number does time grow?"
+    )
+    parser.add_argument(
+        "names", metavar="MIXER", type=str, nargs="*", help="all that claim to be linear, if none"
+    )
+    _add_place(parser, threads=1)
+    parser.add_argument("--batch-size", type=PositiveInt, default=1, help="images")
+    parser.add_argument("--dtypes", type=Dtype, nargs="+", default=["float32"], help="data types")
+    parser.add_argument(
+        "--modes",
+        type=Literal["forward", "training"],
+        nargs="+",
+        default=["forward"],
+        help="training is forward and backward in one",
+    )
+    parser.add_argument("--seconds", type=NonNegativeFloat, default=5.0, help="per mixer")
+    parser.add_argument(
+        "--output", type=str | None, default=None, help=_OUTPUT.format(name="scaling.jsonl")
+    )
+    return parser
+
+
+def _run_scaling(config: Namespace) -> None:
+    from vitarium.benchmarks.report import scaling_table
+    from vitarium.benchmarks.scaling import bench_scaling
+
+    console = Console()
+    arguments = {**vars(config), "output": _output(config, "scaling.jsonl")}
+    records = bench_scaling(
+        **arguments, progress=lambda line: console.print(line, style="dim", highlight=False)
+    )
+    console.print(scaling_table(records))
+    _say_where(arguments["output"])
+
+
 # --- pictures ------------------------------------------------------------------------------------
 
 
@@ -247,5 +289,6 @@ _WHAT = {
     "models": (_models_parser, _run_models, "models side by side"),
     "ops": (_operators_parser, _run_operators, "operators against floor and peers"),
     "mixers": (_mixers_parser, _run_mixers, "mixers against timm's modules"),
+    "scaling": (_scaling_parser, _run_scaling, "mixers on maps of 196 to 65,536 tokens"),
     "plot": (_plot_parser, _run_plot, "a picture of records"),
 }

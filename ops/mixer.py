@@ -42,6 +42,7 @@ class Mixer(nn.Module):
         examples: constructor arguments that tests and tables try, each with a `dim`.
         cross: whether keys and values may come from a second map, `mix(x, context)`.
         routed: whether tokens choose what they attend to, so that rounding can change the choice.
+        linear: whether cost grows with the number of tokens, no faster.
         no_weight_decay: names of parameters that weight decay must leave alone (bias tables).
         indirect: patterns of names of parameters that the output has no gradient for: only an
             auxiliary loss reaches them.
@@ -59,6 +60,7 @@ class Mixer(nn.Module):
     examples: ClassVar[Sequence[Mapping[str, Any]]] = ()
     cross: ClassVar[bool] = False
     routed: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
     no_weight_decay: ClassVar[Sequence[str]] = ()
     indirect: ClassVar[Sequence[str]] = ()
     official_names: ClassVar[Mapping[str, str | None]] = {}

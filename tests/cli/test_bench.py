@@ -92,6 +92,7 @@ def test_help_of_every_word(capsys):
         ["ops", "--help"],
         ["plot", "--help"],
         ["mixers", "--help"],
+        ["scaling", "--help"],
     ):
         with pytest.raises(SystemExit) as done:
             main(["bench", *words])

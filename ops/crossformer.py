@@ -95,6 +95,7 @@ class LongShortDistanceAttention(WindowAttention, name="long_short_distance"):
     """
 
     paper = "CrossFormer (arXiv 2108.00154), CrossFormer++ (2303.06908)"
+    linear = False
     no_weight_decay = ()
     official_names: ClassVar[dict[str, str | None]] = {
         r"biases|relative_position_index|attn_mask": None

@@ -51,6 +51,7 @@ class HaloAttention(Mixer, name="halo"):
     """
 
     paper = "HaloNet (arXiv 2103.12731)"
+    linear = True
     operator = NAME
     cross = True
     examples = (
@@ -226,6 +227,7 @@ class OverlappingCrossAttention(Mixer, name="overlapping_cross"):
     """
 
     paper = "HAT (arXiv 2205.04437)"
+    linear = True
     operator = NAME
     cross = True
     no_weight_decay = ("relative_position_bias_table",)

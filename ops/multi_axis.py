@@ -53,6 +53,7 @@ class MultiAxisAttention(Mixer, name="multi_axis"):
     """
 
     paper = "MaxViT (arXiv 2204.01697)"
+    linear = True
     operator = NAME
     official_names: ClassVar[dict[str, str | None]] = {
         # timm's parallel block has all of its parts at the top.

@@ -183,6 +183,7 @@ class NeighborhoodAttention(Mixer, name="neighborhood"):
     """
 
     paper = "Neighborhood Attention Transformer (arXiv 2204.07143), dilated (2209.15001)"
+    linear = True
     operator = NAME
     cross = True
     no_weight_decay = ("rpb",)
@@ -297,6 +298,7 @@ class GlobalAttention(NeighborhoodAttention, name="global"):
     """
 
     paper = "Dilated Neighborhood Attention Transformer (arXiv 2209.15001), ViT-rpb baseline"
+    linear = False
     examples = ({"dim": 32, "num_heads": 2, "map_size": 7},)
 
     def __init__(

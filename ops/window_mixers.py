@@ -100,6 +100,7 @@ class WindowAttention(Mixer, name="window"):
     """
 
     paper = "Swin Transformer (arXiv 2103.14030)"
+    linear = True
     operator = NAME
     cross = True
     no_weight_decay = ("relative_position_bias_table",)

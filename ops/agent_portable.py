@@ -17,10 +17,11 @@ from vitarium.ops.packed import packed
 from vitarium.ops.softmax import Softmax
 from vitarium.ops.workspace import Workspace
 
-# Scores of a piece of work, in half precision and in float32; see `dense_chunks`.
-CPU_SCORES = (1 << 20, 5 << 16)
+# Scores of a piece of work, in half precision and in float32: these should stay in cache, while
+# products in half precision gain from more matrices at once.
+CPU_SCORES = (1 << 21, 5 << 16)
 DEVICE_SCORES = 1 << 26
-KEPT_BYTES = 1 << 25  # of weights that training keeps
+KEPT_BYTES = 1 << 28  # of weights that training keeps; they grow with tokens, as the map does
 
 Shape = Sequence[int]
 

@@ -220,7 +220,7 @@ def _portable(
     args = (query, key, value, decays, scale)
     if dispatch.plain_aten():
         return causal_chunks.attend_plain(*args)
-    if _is_small(query) and _OPERATION.direct(args):
+    if _OPERATION.direct(args) and _is_small(query):
         matrix = _matrix(
             tuple(decays), query.shape[1], query.dtype, query.device,
             torch.is_inference_mode_enabled(),

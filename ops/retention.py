@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitarium.ops import dispatch
 from vitarium.ops.causal_chunks import count, powers
 from vitarium.ops.causal_linear import causal_linear_attention, causal_linear_step
 from vitarium.ops.mixer import Mixer
@@ -88,6 +89,7 @@ class RetentionAttention(Mixer, name="retention"):
         self.num_heads = num_heads
         self.gate_fn = gate_fn
         self.score_norm = score_norm
+        self.scale = (dim // num_heads) ** -0.5
         factory = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(dim, dim, bias=False, **factory)
         self.k_proj = nn.Linear(dim, dim, bias=False, **factory)
@@ -135,18 +137,24 @@ class RetentionAttention(Mixer, name="retention"):
         return torch.where(base < 1, sums, tokens)
 
     @torch.no_grad()
-    def _score_sums(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+    def _score_sums(self, query: Tensor, key: Tensor) -> Tensor:
         """`(B, N, num_heads)`: the sum of every query's absolute scores."""
-        query, key = query.transpose(1, 2) * scale, key.transpose(1, 2)
+        query, key = query.transpose(1, 2) * self.scale, key.transpose(1, 2)
+        if torch.compiler.is_compiling() or dispatch.plain_aten():  # no loop over unknown sizes
+            return self._absolute_sums(query, key, 0).transpose(1, 2)
         found = []
-        for start in range(0, query.shape[2], ROWS):
-            rows = query[:, :, start : start + ROWS]
-            seen = key[:, :, : start + rows.shape[2]]
-            places = count(seen.shape[2], key.device)
-            distance = places[start:, None] - places
-            decays = powers(self.decay, distance.clamp(min=0)).tril(start)
-            found.append(((rows @ seen.mT).abs() * decays.to(rows.dtype)).sum(-1))
+        for block, rows in enumerate(query.split(ROWS, 2)):
+            first = block * ROWS
+            seen = key[:, :, : first + rows.shape[2]]
+            found.append(self._absolute_sums(rows, seen, first))
         return torch.cat(found, -1).transpose(1, 2)
+
+    def _absolute_sums(self, query: Tensor, key: Tensor, first: int) -> Tensor:
+        """`(B, num_heads, queries)`; `first` is the number of the first query."""
+        places = count(key.shape[2], key.device)
+        distance = places[first:, None] - places
+        decays = powers(self.decay, distance.clamp(min=0)).tril(first)
+        return ((query @ key.mT).abs() * decays.to(query.dtype)).sum(-1)
 
     def _combine(self, x: Tensor, heads: Tensor) -> Tensor:
         gate = GATES[self.gate_fn](self.g_proj(x))
@@ -156,11 +164,10 @@ class RetentionAttention(Mixer, name="retention"):
     def mix(self, x: Tensor) -> Tensor:
         tokens = x.flatten(1, 2)
         query, key, value = self._heads(tokens, 0)
-        scale = query.shape[-1] ** -0.5
         if self.score_norm:
-            sums = self._score_sums(query, key, scale).clamp(SMALLEST_SUM, LARGEST_SUM)
+            sums = self._score_sums(query, key).clamp(SMALLEST_SUM, LARGEST_SUM)
             query = query / sums[..., None].to(query.dtype)
-        heads = causal_linear_attention(query, key, value, decay=self.decay, scale=scale)
+        heads = causal_linear_attention(query, key, value, decay=self.decay, scale=self.scale)
         return self._combine(tokens, heads).view(x.shape)
 
     def step(self, x: Tensor, state: RetentionState | None = None) -> tuple[Tensor, RetentionState]:
@@ -180,9 +187,8 @@ class RetentionAttention(Mixer, name="retention"):
             raise ValueError("RetentionAttention: step is not defined with score_norm=True")
         past, first = (None, 0) if state is None else state
         query, key, value = (heads[:, 0] for heads in self._heads(x[:, None], first))
-        scale = query.shape[-1] ** -0.5
         heads, following = causal_linear_step(
-            query, key, value, past, decay=self.decay, scale=scale
+            query, key, value, past, decay=self.decay, scale=self.scale
         )
         return self._combine(x, heads), RetentionState(following, first + 1)
 

@@ -24,8 +24,10 @@ from vitarium.ops.differentiable import Differentiable
 from vitarium.ops.dispatch import Case, Implementation, Operator
 
 NAME = "agent_attention"
-# Scores of a call up to which ordinary operations are as fast as any, in inference and training.
-SMALL, SMALL_TRAINING = 1 << 18, 1 << 19
+# Scores of a call up to which ordinary operations are as fast as any, in inference and in training,
+# there in half precision and not.
+SMALL = 1 << 18
+SMALL_TRAINING = (1 << 20, 1 << 19)
 
 Shape = Sequence[int]
 
@@ -124,7 +126,7 @@ def _portable(
     if dispatch.plain_aten():
         return _reference(*args)
     scores = _products(query.shape, key.shape, agent.shape)
-    small = SMALL_TRAINING if training else SMALL
+    small = SMALL_TRAINING[int(query.element_size() > 2)] if training else SMALL
     if scores <= small and query.is_cpu and not torch.compiler.is_compiling():
         return portable.small(*args[:-1])
     return _OPERATION(*args, fused=False)

@@ -33,7 +33,7 @@ def test_as_many_agents_as_tokens_with_biases_that_single_them_out() -> None:
 def test_weights_are_kept_or_computed_again(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bands of queries, several images at once or one at a time: the same gradients."""
     monkeypatch.setattr(agent_portable, "KEPT_BYTES", kept)
-    monkeypatch.setattr("vitarium.ops.agent.SMALL_TRAINING", 0)
+    monkeypatch.setattr("vitarium.ops.agent.SMALL_TRAINING", (0, 0))
     shapes = [(3, 130, 2, 8)] * 3 + [(3, 4, 2, 8), (2, 4, 130), (2, 130, 4)]
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]

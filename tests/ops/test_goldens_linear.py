@@ -17,6 +17,7 @@ INLINE = sorted(FOLDER.glob("inline_attention_*.json.xz"))
 FLOW = [
     path for path in sorted(FOLDER.glob("flow_attention*.json.xz")) if "causal" not in path.name
 ]
+FOCUSED = sorted(FOLDER.glob("focused_linear_attention_*.json.xz"))
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["reference", "torch"])
 
 
@@ -30,6 +31,12 @@ def _close(output, golden):
     torch.testing.assert_close(output, want, rtol=1e-9, atol=1e-9 * want.abs().max().item())
 
 
+def _images(golden, parity):
+    size = [int(n) for n in re.findall(r"\d+", golden["inputs"].split("#")[0])][:4]
+    batch, height, width, channels = size
+    return parity.image(batch, channels, height, width).permute(0, 2, 3, 1)
+
+
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("path", INLINE, ids=_name)
 @torch.no_grad()
@@ -38,9 +45,8 @@ def test_inline(path, implementation, parity):
     golden = parity.load(path)
     form = re.search(r"inline_(\w+)\.py", golden["file"])[1]
     arguments = dict(golden["constructor"])
-    size = [int(n) for n in re.findall(r"\d+", golden["inputs"].split("#")[0])][:4]
-    batch, height, width, channels = size
-    images = parity.image(batch, channels, height, width).permute(0, 2, 3, 1)
+    images = _images(golden, parity)
+    height, width = images.shape[1:3]
     dim = arguments.pop("dim")
     if form == "cswin":
         mixer = InLineStripes(dim, **arguments, dtype=torch.float64)
@@ -60,6 +66,20 @@ def test_inline(path, implementation, parity):
             output = mixer(*rolled, tokens.mean(1)).flatten(1, 2)
         else:
             output = mixer(images).flatten(1, 2)
+    _close(output, golden)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("path", FOCUSED, ids=_name)
+@torch.no_grad()
+def test_focused(path, implementation, parity):
+    golden = parity.load(path)
+    arguments = dict(golden["constructor"])
+    name = "focused_linear_window" if "window_size" in arguments else "focused_linear"
+    mixer = build_mixer((name, arguments), arguments.pop("dim"), dtype=torch.float64).eval()
+    mixer.load_state_dict(parity.state_dict(golden["state_dict"]), strict=True)
+    with backend(implementation):
+        output = mixer(_images(golden, parity)).flatten(1, 2)
     _close(output, golden)
 
 
@@ -123,4 +143,5 @@ def test_flow_takes_the_library_s_weights(parity):
 def test_every_form_has_goldens():
     forms = {re.match(r"inline_attention_([a-z]+)", path.name)[1] for path in INLINE}
     assert forms == {"deit", "pvt", "swin", "cswin"}
+    assert len(FOCUSED) >= 3
     assert {"flow_attention.json.xz", "flow_attention_cv.json.xz"} <= {path.name for path in FLOW}

@@ -69,8 +69,7 @@ def _chunks(x: Tensor) -> Iterator[Chunk]:
     images, tokens = x.shape[:2]
     width = x.shape[2] * x.shape[3]
     if tokens * width > SMALL:
-        # Of equal lengths, whose buffers are the same.
-        length = -(-tokens // -(-tokens * width // CHUNK))
+        length = _length(x, CHUNK)
         for image in range(images):
             for token in range(0, tokens, length):
                 yield slice(image, image + 1), slice(token, min(token + length, tokens))
@@ -78,6 +77,12 @@ def _chunks(x: Tensor) -> Iterator[Chunk]:
     count = max(1, CHUNK // (tokens * width))
     for image in range(0, images, count):
         yield slice(image, min(image + count, images)), slice(0, tokens)
+
+
+def _length(x: Tensor, elements: int) -> int:
+    """Tokens of an image in a chunk of about so many elements; all are nearly as long."""
+    tokens, width = x.shape[1], x.shape[2] * x.shape[3]
+    return -(-tokens // -(-tokens * width // elements))
 
 
 class _Chunks:
@@ -233,12 +238,11 @@ def _state(key: Tensor, value: Tensor, chunks: _Chunks, normalization: str) -> S
         product = key.new_empty((key.shape[0], heads, *widths))
         sums = [x.unflatten(0, (-1, heads)).squeeze(2).unbind() for x in (state.z, state.u)]
         for image, (k, v) in enumerate(zip(_images(key), _images(value))):
-            # The sums, which read in order, bring the image into the cache.
+            torch.bmm(k.mT, v, out=product[image])
             if normalization != "none":
                 torch.sum(k, 1, out=sums[0][image], dtype=dtype)
             if normalization == "injective":
                 torch.sum(v, 1, out=sums[1][image], dtype=dtype)
-            torch.bmm(k.mT, v, out=product[image])
         state.product = product.flatten(0, 1).to(dtype)
         return state
     for images, tokens in _chunks(key):
@@ -329,11 +333,14 @@ def forward(
     state = _state(k, v, chunks, normalization)
     reader = _Reader(state, q, k, chunks.dtype, normalization, scale, eps)
     if chunks.direct(q):
-        found = chunks.take("found", q.shape[2], q.shape[1], v.shape[-1])
-        for image, x in enumerate(_images(q)):
+        length = _length(q, SMALL)
+        for image, heads in enumerate(_images(q)):
             rows = reader.rows(slice(image, image + 1))
-            torch.bmm(x, reader.matrix[rows], out=found)
-            reader.write(rows, x, found, None, out[image : image + 1])
+            for start in range(0, q.shape[1], length):
+                x, target = heads[:, start : start + length], out[image, start : start + length]
+                found = chunks.take("found", *x.shape[:2], v.shape[-1])
+                torch.bmm(x, reader.matrix[rows], out=found)
+                reader.write(rows, x, found, None, target[None])
     else:
         for images, tokens in _chunks(q):
             rows = reader.rows(images)

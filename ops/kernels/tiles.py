@@ -82,7 +82,7 @@ _SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
 }
 # What window attention has otherwise: tiles of queries that hold a window of 8, and no spills.
 _BLOCK_SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
-    ("forward", 2): {32: (64, 32, 4, 2, 128)},
+    ("forward", 2): {32: (64, 32, 4, 2, 128), 64: (64, 32, 4, 2, 255)},
     ("query", 2): {256: (32, 32, 8, 1, 255)},
     ("key_value", 2): {32: (32, 64, 4, 1), 64: (32, 64, 8, 2)},
     ("key_value", 4): {64: (32, 32, 8, 1), 256: (16, 16, 8, 1, 255)},

@@ -19,7 +19,6 @@ from vitarium.ops.workspace import Workspace
 
 CHUNK = 1 << 19  # elements of a chunk of tokens: what is done with it finds it in cache
 SMALL = 1 << 17  # elements of an image below which several make a chunk
-LONG = 2048  # tokens of which heads are copied one by one
 
 Chunk = tuple[slice, slice]  # of images, of tokens
 
@@ -119,16 +118,11 @@ class _Chunks:
         """A buffer, see `Workspace.take`."""
         return self.workspace.take(f"linear {name}", shape, self.dtype)
 
-    def direct(self, x: Tensor) -> bool:
-        """Whether whole images `(B, N, heads, channels)` are multiplied where they lie."""
-        return self.map == "identity" and self.dtype == x.dtype and x[:1].numel() > SMALL
-
     def rows(self, name: str, x: Tensor) -> Tensor:
         """Tokens `(images, T, heads, channels)` as `(images * heads, T, channels)`."""
+        # In order, which is faster than to read head by head what is not in the cache.
         x = x.transpose(1, 2)
-        if len(x) != 1 or x.dtype != self.dtype:
-            x = self.take(name, *x.shape).copy_(x)
-        return x.flatten(0, 1)
+        return self.take(name, *x.shape).copy_(x).flatten(0, 1)
 
     def features(self, x: Tensor, scaled: bool = True) -> Tensor:
         """Features `(images * heads, T, channels)` of tokens `(images, T, heads, channels)`.
@@ -161,7 +155,7 @@ class _Chunks:
                 power = torch.mul(power, self.focus.ratio, out=scratch if self.training else power)
                 found = power.view(x.shape)
         self._features = found
-        return self.rows("features of heads", found)
+        return found[0].transpose(0, 1) if len(found) == 1 else self.rows("heads", found)
 
     def backward(self, x: Tensor, grad: Tensor, target: Tensor, scaled: bool = True) -> None:
         """Writes the gradient of the last tokens to `target`.
@@ -199,28 +193,9 @@ class _Chunks:
             target.copy_(torch.ops.aten.threshold_backward(grad, found.to(grad.dtype), 0))
 
 
-def _place(rows: Tensor, target: Tensor, more: Tensor | None = None) -> Tensor:
-    """Writes `(images * heads, T, channels)` to `(images, T, heads, channels)`.
-
-    `more`, `(images * heads, 1, channels)`, is added.
-    """
-    images, tokens, heads, _ = target.shape
-    if tokens < LONG:
-        rows = rows if more is None else rows.add_(more)
-        return target.copy_(rows.unflatten(0, (images, heads)).transpose(1, 2))
-    # Several times faster than all at once, which would go from head to head at every token.
-    for row, found in enumerate(rows.unbind()):
-        place = target[row // heads, :, row % heads]
-        if more is None:
-            place.copy_(found)
-        else:
-            torch.add(found, more[row], out=place)
-    return target
-
-
-def _images(x: Tensor) -> tuple[Tensor, ...]:
-    """`(heads, N, channels)` of every image."""
-    return x.transpose(1, 2).unbind()
+def _place(rows: Tensor, target: Tensor) -> Tensor:
+    """Copies `(images * heads, T, channels)` to `(images, T, heads, channels)`."""
+    return target.copy_(rows.unflatten(0, (len(target), -1)).transpose(1, 2))
 
 
 def _tokens(*maps: Tensor) -> list[Tensor]:
@@ -234,17 +209,6 @@ def _state(key: Tensor, value: Tensor, chunks: _Chunks, normalization: str) -> S
     dtype = torch.float32 if key.dtype in HALF else key.dtype
     widths = (key.shape[-1], value.shape[-1])
     state = State.zeros(key, dtype, key.shape[0] * heads, *widths)
-    if chunks.direct(key):
-        product = key.new_empty((key.shape[0], heads, *widths))
-        sums = [x.unflatten(0, (-1, heads)).squeeze(2).unbind() for x in (state.z, state.u)]
-        for image, (k, v) in enumerate(zip(_images(key), _images(value))):
-            torch.bmm(k.mT, v, out=product[image])
-            if normalization != "none":
-                torch.sum(k, 1, out=sums[0][image], dtype=dtype)
-            if normalization == "injective":
-                torch.sum(v, 1, out=sums[1][image], dtype=dtype)
-        state.product = product.flatten(0, 1).to(dtype)
-        return state
     for images, tokens in _chunks(key):
         rows = slice(images.start * heads, images.stop * heads)
         k = chunks.features(key[images, tokens])
@@ -306,14 +270,6 @@ class _Reader:
         ratio = focus.ratio.view(-1, 1, weight.shape[1], 1)
         return weight.unflatten(0, (len(ratio), -1)).add_(self.eps / ratio).flatten(0, 1)
 
-    def write(
-        self, rows: slice, features: Tensor, found: Tensor, focus: Focus | None, target: Tensor
-    ) -> None:
-        """Writes the output that belongs to what features of queries found, a buffer."""
-        if self.total is not None:
-            found.div_(self.weight(rows, features, focus))
-        _place(found, target, None if self.mean is None else self.mean[rows])
-
 
 def forward(
     query: Tensor,
@@ -332,22 +288,16 @@ def forward(
     chunks = _Chunks(feature_map, focusing_factor, temperature, query, False)
     state = _state(k, v, chunks, normalization)
     reader = _Reader(state, q, k, chunks.dtype, normalization, scale, eps)
-    if chunks.direct(q):
-        length = _length(q, SMALL)
-        for image, heads in enumerate(_images(q)):
-            rows = reader.rows(slice(image, image + 1))
-            for start in range(0, q.shape[1], length):
-                x, target = heads[:, start : start + length], out[image, start : start + length]
-                found = chunks.take("found", *x.shape[:2], v.shape[-1])
-                torch.bmm(x, reader.matrix[rows], out=found)
-                reader.write(rows, x, found, None, target[None])
-    else:
-        for images, tokens in _chunks(q):
-            rows = reader.rows(images)
-            phi = chunks.features(q[images, tokens], reader.scaled)
-            found = chunks.take("found", *phi.shape[:2], v.shape[-1])
-            torch.bmm(phi, reader.matrix[rows], out=found)
-            reader.write(rows, phi, found, chunks.focus, out[images, tokens])
+    for images, tokens in _chunks(q):
+        rows, target = reader.rows(images), out[images, tokens]
+        phi = chunks.features(q[images, tokens], reader.scaled)
+        found = chunks.take("found", *phi.shape[:2], v.shape[-1])
+        torch.bmm(phi, reader.matrix[rows], out=found)
+        if reader.total is not None:
+            found.div_(reader.weight(rows, phi, chunks.focus))
+        elif reader.mean is not None:
+            found.add_(reader.mean[rows])
+        _place(found, target)
     chunks.workspace.close()
     saved = state_shape(query, key, value)
     if len(saved) == 1:
@@ -413,7 +363,9 @@ def backward(
         values = chunks.rows("value", v[images, tokens])
         found = chunks.take("found", *values.shape)
         torch.bmm(phi, matrix[rows], out=found)
-        _place(found, target, gradient.u[rows] if normalization == "injective" else None)
+        if normalization == "injective":
+            found.add_(gradient.u[rows])
+        _place(found, target)
         grad_phi = chunks.take("grad features", *phi.shape)
         torch.bmm(values, matrix[rows].mT, out=grad_phi)
         if normalization != "none":

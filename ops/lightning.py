@@ -32,6 +32,10 @@ def lightning_slopes(num_heads: int) -> list[float]:
     return slopes
 
 
+# In float64, which is for comparison, up to so many tokens decay as the official code rounds them.
+COMPARED = 1024
+
+
 class SimpleRMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps), without weights (TransNormerLLM, arXiv 2307.14995, section 3.4).
 
@@ -54,7 +58,9 @@ class LightningAttention(Mixer, name="lightning"):
         out = o_proj(norm(head) sigmoid(output_gate(x)))
 
     with a gate of two linear layers and a normalisation over all heads. The map is taken chunk by
-    chunk; `backend("reference")` takes the parallel form and `step` the recurrent one. Cost for N
+    chunk; `backend("reference")` takes the parallel form and `step` the recurrent one. The official
+    code rounds the exponents slope (i - j) to float32, which moves outputs by some 1e-8; maps of
+    float64 with up to 1,024 tokens are computed so, in the parallel form. Cost for N
     tokens: 4 N C^2 + 2 N C^2 / num_heads for the projections and the gate, and 2 N C^2 / num_heads
     for the heads, in multiply-adds. Parameters are named as in the official code.
 
@@ -118,7 +124,8 @@ class LightningAttention(Mixer, name="lightning"):
         with torch.device("cpu"):
             slopes = torch.tensor(lightning_slopes(num_heads), dtype=torch.float32)
             slopes = slopes * (1 - layer_idx / max(num_layers - 1, 1) + 1e-5)
-        self.decay = tuple(math.exp(-slope) for slope in slopes.tolist())
+        self.slopes = tuple(slopes.tolist())
+        self.decay = tuple(math.exp(-slope) for slope in self.slopes)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value `(..., num_heads, head_dim)`."""
@@ -132,7 +139,20 @@ class LightningAttention(Mixer, name="lightning"):
         return self.o_proj(self.norm(heads.flatten(-2)) * torch.sigmoid(self.output_gate(x)))
 
     def mix(self, x: Tensor) -> Tensor:
-        return self._combine(x, causal_linear_attention(*self._heads(x), decay=self.decay))
+        heads = self._heads(x)
+        output = causal_linear_attention(*heads, decay=self.decay)
+        if x.dtype == torch.float64 and x.shape[1] * x.shape[2] <= COMPARED:
+            output = self._rounded(*heads)
+        return self._combine(x, output)
+
+    def _rounded(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The parallel form with exponents rounded to float32, `(B, H, W, num_heads, head_dim)`."""
+        q, k, v = (tensor.flatten(1, 2).transpose(1, 2) for tensor in (query, key, value))
+        place = torch.arange(q.shape[2], dtype=torch.float32, device=q.device)
+        slopes = torch.tensor(self.slopes, dtype=torch.float32, device=q.device)
+        exponents = slopes[:, None, None] * (place[:, None] - place).clamp(min=0)
+        decays = torch.exp(-exponents.to(q.dtype)).tril()
+        return (q @ k.mT * decays @ v).transpose(1, 2).unflatten(1, query.shape[1:3])
 
     def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The recurrent form: the output at one more token, in constant time and memory.

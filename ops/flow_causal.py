@@ -92,6 +92,7 @@ class FlowAttentionCausal(Mixer, name="flow_causal"):
     """
 
     paper = "Flowformer: Linearizing Transformers with Conservation Flows (arXiv 2202.06258)"
+    linear = True
     operator = "causal_linear_attention"
     cross = True
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (

@@ -77,6 +77,7 @@ class LightningAttention(Mixer, name="lightning"):
     """
 
     paper = (
+    linear = True
         "Lightning Attention-2: A Free Lunch for Handling Unlimited Sequence Lengths in Large "
         "Language Models (arXiv 2401.04658)"
     )

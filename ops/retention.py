@@ -57,6 +57,7 @@ class RetentionAttention(Mixer, name="retention"):
     """
 
     paper = (
+    linear = True
         "Retentive Network: A Successor to Transformer for Large Language Models (arXiv 2307.08621)"
     )
     operator = "causal_linear_attention"

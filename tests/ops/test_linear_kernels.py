@@ -53,7 +53,7 @@ def test_several_parts_and_blocks_of_channels(
     normalization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tokens in parts of several tiles, and heads of several blocks."""
-    tensors = maps(40, 1, (40, 24), torch.float32)
+    tensors = maps(40, 1, (24, 24), torch.float32)
     kwargs = {"normalization": normalization, "feature_map": "elu"}
     expected = run(tensors, "reference", torch.float64, **kwargs)
     monkeypatch.setattr(kernels, "STEPS", {4: 16})

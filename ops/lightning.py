@@ -77,10 +77,10 @@ class LightningAttention(Mixer, name="lightning"):
     """
 
     paper = (
-    linear = True
         "Lightning Attention-2: A Free Lunch for Handling Unlimited Sequence Lengths in Large "
         "Language Models (arXiv 2401.04658)"
     )
+    linear = True
     operator = "causal_linear_attention"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 24, "num_heads": 3, "layer_idx": 2},

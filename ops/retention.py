@@ -57,9 +57,9 @@ class RetentionAttention(Mixer, name="retention"):
     """
 
     paper = (
-    linear = True
         "Retentive Network: A Successor to Transformer for Large Language Models (arXiv 2307.08621)"
     )
+    linear = True
     operator = "causal_linear_attention"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 24, "num_heads": 2},

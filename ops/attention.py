@@ -254,10 +254,11 @@ def _attend_by_head(
 ) -> Tensor:
     """`attend` to all keys, in fewer steps: products of `(B x heads, tokens, channels)`."""
     heads = query.shape[-2]
-    q, k, v = (
-        dense.repeat_heads(dense.flat(tensor), heads).flatten(0, 1)
-        for tensor in (query, key, value)
-    )
+    shared = key.shape[-2] if bias is None else heads
+    k, v = (dense.repeat_heads(dense.flat(t), shared).flatten(0, 1) for t in (key, value))
+    # Without a bias the queries of all heads that share keys are rows of one product.
+    tokens = dense.tokens(query)
+    q = dense.flat(query).reshape(len(k), heads // shared * tokens, k.shape[-1])
     if bias is not None and heads == 1:
         scores = torch.baddbmm(bias.to(q.dtype).flatten(0, -3), q, k.mT, alpha=scale)
     else:
@@ -265,7 +266,8 @@ def _attend_by_head(
         if bias is not None:
             scores = scores.unflatten(0, (-1, heads)) + bias.to(scores.dtype)
             scores = scores.flatten(0, 1)
-    output = torch.bmm(scores.softmax(-1), v).unflatten(0, (-1, heads)).transpose(1, 2)
+    output = torch.bmm(scores.softmax(-1), v).view(len(query), heads, tokens, v.shape[-1])
+    output = output.transpose(1, 2)
     return output.contiguous().view(*query.shape[:-1], value.shape[-1])
 
 

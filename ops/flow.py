@@ -135,6 +135,7 @@ class FlowAttention(Mixer, name="flow"):
 
     paper = "Flowformer (arXiv 2202.06258)"
     operator = LINEAR
+    linear = True
     cross = True
     official_names: ClassVar[Mapping[str, str | None]] = {
         r"out_projection\.(weight|bias)": r"proj.\1"

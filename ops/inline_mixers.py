@@ -165,6 +165,7 @@ class InLineAttention(JointProjection, Mixer, name="inline"):
 
     paper = PAPER
     operator = NAME
+    linear = True
     examples = (
         {"dim": 32, "num_heads": 4},
         {"dim": 24, "num_heads": 2, "qkv_bias": True, "kernel_func": "exp"},
@@ -367,6 +368,7 @@ class CrossShapedInLineAttention(Mixer, name="inline_cross_shaped"):
 
     paper = PAPER
     operator = NAME
+    linear = True
     examples = (
         {"dim": 32, "num_heads": 4, "split_size": 2},
         {"dim": 24, "num_heads": 3, "last_stage": True, "qkv_bias": True},

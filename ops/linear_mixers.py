@@ -49,6 +49,7 @@ class LinearAttention(Mixer, name="linear"):
 
     paper = "Transformers are RNNs (arXiv 2006.16236)"
     operator = NAME
+    linear = True
     cross = True
     examples = (
         {"dim": 32, "num_heads": 2},
@@ -141,6 +142,7 @@ class FocusedLinearAttention(JointProjection, Mixer, name="focused_linear"):
 
     paper = "FLatten Transformer (arXiv 2308.00442)"
     operator = NAME
+    linear = True
     no_weight_decay = ("positional_encoding", "scale")
     examples = (
         {"dim": 32, "num_heads": 4, "num_patches": 49},

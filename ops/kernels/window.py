@@ -27,7 +27,10 @@ from vitarium.ops.windows import Block, Pattern
 
 AXES = 2
 LARGEST_TILE = 64  # tokens
-TINY = 8  # tokens of windows that share a tile, at most: alone they would leave most of it empty
+# Tokens of windows that share a tile, at most: alone they would leave most of it empty. And by
+# element size tokens of that tile: without tensor cores products with what no query sees cost time.
+TINY = 8
+PATCH = {2: 64, 4: 32}
 # A program walks over as many windows as leave this many programs, or half as many where walks are
 # short: enough for the multiprocessors, few enough for the bias and the mask to be worth it.
 # Constants, so that results do not depend on a device.
@@ -77,7 +80,7 @@ def _lookup(
     simple = all(isinstance(window, Block) and not window.halo for window in windows)
     if len(windows) > AXES or not simple or head_dim > max(sizes):
         return None
-    tokens, columns = _tile(_patch(windows))
+    tokens, columns = _tile(_patch(windows, element_size))
     if tokens > LARGEST_TILE:
         return None
     warps, stages, *registers = sizes[min(dim for dim in sizes if dim >= head_dim)]
@@ -91,15 +94,16 @@ def _lookup(
 
 
 @functools.lru_cache(maxsize=1024)
-def _patch(windows: tuple[Block, ...]) -> tuple[Block, ...]:
+def _patch(windows: tuple[Block, ...], element_size: int) -> tuple[Block, ...]:
     """The windows, or for tiny ones the patches of them that tiles hold."""
-    sizes = [window.window_size for window in windows]
+    sizes, tokens = [window.window_size for window in windows], PATCH[element_size]
     if math.prod(sizes) > TINY:
         return windows
-    side = math.isqrt(LARGEST_TILE) if len(windows) == AXES else LARGEST_TILE
-    across = side // sizes[-1] * sizes[-1]
-    down = LARGEST_TILE // triton.next_power_of_2(across)
+    across = (8 if len(windows) == AXES else tokens) // sizes[-1] * sizes[-1]
+    down = tokens // triton.next_power_of_2(across)
     lengths = [down // size * size for size in sizes[:-1]] + [across]
+    if not all(lengths):  # too high for the tile
+        return windows
     return tuple(  # with the same lead
         window._replace(window_size=length, shift=-window.lead % length)
         for window, length in zip(windows, lengths)
@@ -150,15 +154,16 @@ def _geometry(
     heads: int,
     spatial: tuple[int, ...],
     windows: tuple[Block, ...],
+    patch: tuple[Block, ...],
     dense: bool,
 ) -> tuple[int, dict[str, Any]]:
     """Number of programs, and the arguments that follow from the sizes.
 
-    `dense`: images lie one behind the other in all tensors.
+    `patch`: what tiles hold, of `_patch`. `dense`: images lie one behind the other in all tensors.
     """
     alone = Block(1, 1, 0, 0, 0)
     sizes = (axis.window_size for axis in _two(windows, alone))
-    axes = _two(_patch(windows), alone)
+    axes = _two(patch, alone)
     lengths = _two(spatial, 1)
     (tiles_y, first_row, rows, wrap_y), (tiles_x, _, _, wrap_x) = map(_axis, lengths, axes)
     places = heads * tiles_x * axes[0].dilation * axes[1].dilation
@@ -189,7 +194,7 @@ def _geometry(
         "rows": rows,
         "steps": steps,
         "SHIFTED": any(axis.lead for axis in axes),
-        "PATCH": _patch(windows) != windows,
+        "PATCH": patch != windows,
     }
 
 
@@ -205,8 +210,9 @@ def _arguments(
     dense = len(windows) == AXES and all(
         batch == 1 or tensor.stride(0) == height * tensor.stride(1) for tensor in tensors
     )
+    patch = _patch(tuple(windows), query.element_size())
     programs, geometry = _geometry(
-        kernel, batch, heads, tuple(query.shape[1:-2]), tuple(windows), dense
+        kernel, batch, heads, tuple(query.shape[1:-2]), tuple(windows), patch, dense
     )
     config = _config(kernel, query, value, windows)
     assert config is not None, "the call does not fit"
@@ -289,12 +295,14 @@ def backward(
     )
     if bias is None or partial_sums is None:
         return *grads, query.new_empty(0)
-    return *grads, _grad_bias(partial_sums, bias, windows)
+    return *grads, _grad_bias(partial_sums, bias, windows, query.element_size())
 
 
-def _grad_bias(partial_sums: Tensor, bias: Tensor, windows: Sequence[Pattern]) -> Tensor:
+def _grad_bias(
+    partial_sums: Tensor, bias: Tensor, windows: Sequence[Pattern], element_size: int
+) -> Tensor:
     """The gradient of the table from that of the score of every pair in a window, by program."""
-    patch = _patch(tuple(windows))
+    patch = _patch(tuple(windows), element_size)
     heads, height = bias.shape[0], _two((window.window_size for window in patch), 1)[0]
     _, columns = _tile(patch)
     count = height * columns

@@ -98,19 +98,30 @@ def test_small_windows_have_kernels_of_their_own(
 
 
 @pytest.mark.parametrize(
-    ("window_size", "patch"),
-    [((2, 2), (8, 8)), ((1, 3), (8, 6)), ((3, 2), (6, 8)), ((7, 7), (7, 7)), ((2,), (64,))],
+    ("window_size", "element_size", "patch"),
+    [
+        ((2, 2), 2, (8, 8)),
+        ((2, 2), 4, (4, 8)),
+        ((1, 3), 2, (8, 6)),
+        ((3, 2), 4, (3, 8)),
+        ((8, 1), 4, (8, 1)),
+        ((7, 7), 2, (7, 7)),
+        ((2,), 2, (64,)),
+    ],
 )
-def test_tiny_windows_share_a_tile(window_size: tuple[int, ...], patch: tuple[int, ...]) -> None:
+def test_tiny_windows_share_a_tile(
+    window_size: tuple[int, ...], element_size: int, patch: tuple[int, ...]
+) -> None:
     pytest.importorskip("triton")
     from vitarium.ops.kernels import window
 
     windows = tuple(Block(size, 1, size // 2, 0, 0) for size in window_size)
-    found = window._patch(windows)
+    found = window._patch(windows, element_size)
     assert tuple(axis.window_size for axis in found) == patch
     assert [axis.lead for axis in found] == [axis.lead for axis in windows]
     tokens, columns = window._tile(found)
-    assert tokens == 64 and columns >= patch[-1]
+    assert tokens == (window.PATCH[element_size] if found != windows else max(16, tokens))
+    assert columns >= patch[-1]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")

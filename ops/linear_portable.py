@@ -67,15 +67,18 @@ def _chunks(x: Tensor) -> Iterator[Chunk]:
     """Chunks of `(B, N, heads, channels)`: some tokens of one image, or several images."""
     images, tokens = x.shape[:2]
     width = x.shape[2] * x.shape[3]
-    if tokens * width > SMALL:
+    if x.device.type != "cpu":  # whose caches are no matter, but calls are
+        if images:
+            yield slice(0, images), slice(0, tokens)
+    elif tokens * width > SMALL:
         length = _length(x, CHUNK)
         for image in range(images):
             for token in range(0, tokens, length):
                 yield slice(image, image + 1), slice(token, min(token + length, tokens))
-        return
-    count = max(1, CHUNK // (tokens * width))
-    for image in range(0, images, count):
-        yield slice(image, min(image + count, images)), slice(0, tokens)
+    else:
+        count = CHUNK // (tokens * width)
+        for image in range(0, images, count):
+            yield slice(image, min(image + count, images)), slice(0, tokens)
 
 
 def _length(x: Tensor, elements: int) -> int:

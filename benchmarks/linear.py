@@ -38,7 +38,7 @@ def cases(batch_size: int) -> list[Case]:
 
 
 def _case(form: str, shape: tuple[int, ...]) -> Case:
-    shapes = dict.fromkeys(("query", "key", "value"), shape)
+    shapes: dict[str, tuple[int, ...]] = {name: shape for name in ("query", "key", "value")}
     values = {}
     if form == "focused":  # softplus of a parameter that begins at zero
         shapes["temperature"] = shape[-2:]

@@ -305,15 +305,15 @@ class FocusedLinearWindowAttention(FocusedLinearAttention, name="focused_linear_
         dtype: torch.dtype | None = None,
     ) -> None:
         owner = type(self).__name__
-        window_size = dispatch.per_dimension(owner, "window_size", window_size, 2)
-        if not 0 <= shift_size < min(window_size):
+        size = dispatch.per_dimension(owner, "window_size", window_size, 2)
+        if not 0 <= shift_size < min(size):
             raise ValueError(
                 f"{owner}: shift_size={shift_size} must be at least 0 and below window_size"
             )
         super().__init__(
             dim,
             num_heads=num_heads,
-            num_patches=window_size,
+            num_patches=size,
             qkv_bias=qkv_bias,
             focusing_factor=focusing_factor,
             kernel_size=kernel_size,
@@ -321,7 +321,7 @@ class FocusedLinearWindowAttention(FocusedLinearAttention, name="focused_linear_
             device=device,
             dtype=dtype,
         )
-        self.window_size, self.shift_size = window_size, shift_size
+        self.window_size, self.shift_size = size, shift_size
 
     def _partition(self, size: Pair) -> Partition:
         return Partition.of(size, self.window_size, self.shift_size)

@@ -152,10 +152,10 @@ class _Chunks:
             else:
                 torch.addcmul(self.smallest, tokens, self.coldness, out=tokens)
             power, scratch = (self.take(name, *tokens.shape) for name in ("power", "scratch"))
-            self.focus = Focus(tokens, self.factor, power, scratch)
+            focus = self.focus = Focus(tokens, self.factor, power, scratch)
             found = power.view(x.shape)
             if scaled:
-                power = torch.mul(power, self.focus.ratio, out=scratch if self.training else power)
+                power = torch.mul(power, focus.ratio, out=scratch if self.training else power)
                 found = power.view(x.shape)
         self._features = found
         return found[0].transpose(0, 1) if len(found) == 1 else self.rows("heads", found)

@@ -77,6 +77,7 @@ class TokenAggregationAttention(Mixer, name="token_aggregation"):
     """
 
     paper = "CATANet (arXiv 2503.06896)"
+    linear = True
     operator = "attention"
     routed = True
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
@@ -275,6 +276,7 @@ class OverlappingPatchAttention(Mixer, name="overlapping_patches"):
     """
 
     paper = "CATANet (arXiv 2503.06896)"
+    linear = True
     operator = "attention"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 24, "num_heads": 2, "qk_dim": 20, "patch_size": 6},

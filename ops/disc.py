@@ -60,6 +60,7 @@ class DiscAttention(Mixer, name="disc"):
     """
 
     paper = "CLEAR (arXiv 2412.16112)"
+    linear = True
     operator = "window_attention"
     cross = True
     no_weight_decay = ("rpb",)

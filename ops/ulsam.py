@@ -35,6 +35,7 @@ class SubspaceAttention(Mixer, name="ulsam"):
     """
 
     paper = "ULSAM (arXiv 2006.15102)"
+    linear = True
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 24, "num_splits": 3},
         {"dim": 16, "num_splits": 1},

@@ -26,9 +26,12 @@ def _flops(name: str, side: int) -> int:
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_operations_grow_with_tokens(name):
-    """By counting: a map of 16 times as many tokens takes at most 16 times as many, and padding."""
+    """By counting: a map of 16 times as many tokens takes at most 16 times as many, and padding.
+
+    What is not a product is not counted: a mixer that only weighs tokens has none.
+    """
     small, large = _flops(name, 56), _flops(name, 224)
-    assert 0 < small < large <= 16 * 1.1 * small
+    assert small <= large <= 16 * 1.1 * small
 
 
 def test_some_mixers_are_linear():

@@ -172,6 +172,7 @@ class AgentAttention(Agents, Mixer, name="agent"):
     """
 
     paper = PAPER
+    linear = True
     operator = NAME
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 32, "num_heads": 2, "agent_num": 9, "window": 7},
@@ -287,6 +288,7 @@ class AgentReducedAttention(Agents, Mixer, name="agent_pvt"):
     """
 
     paper = PAPER
+    linear = True
     operator = NAME
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 32, "num_patches": 64, "num_heads": 2, "agent_num": 9, "qkv_bias": True},

@@ -245,6 +245,7 @@ class AgentCrossShapedAttention(Mixer, name="agent_cswin"):
     """
 
     paper = PAPER
+    linear = True
     operator = NAME
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 32, "resolution": 8, "num_heads": 2, "split_size": 3, "agent_num": 4},

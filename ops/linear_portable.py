@@ -18,7 +18,7 @@ from vitarium.ops.linear_features import HALF, SLOPE, SMALLEST, Focus, row_sums
 from vitarium.ops.workspace import Workspace
 
 CHUNK = 1 << 19  # elements of a chunk of tokens: what is done with it finds it in cache
-SMALL = 1 << 17  # elements of an image below which several make a chunk
+SMALL = 1 << 18  # elements of an image below which several make a chunk
 
 Chunk = tuple[slice, slice]  # of images, of tokens
 

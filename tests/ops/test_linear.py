@@ -57,7 +57,7 @@ def test_chunks_change_nothing(
         kwargs["temperature"] = temperature
         tensors.append(temperature)
     results = []
-    for chunk, small in ((1 << 19, 1 << 17), (700, 1), (2000, 1 << 17)):
+    for chunk, small in ((1 << 19, 1 << 18), (700, 1), (2000, 1 << 18)):
         monkeypatch.setattr(portable, "CHUNK", chunk)
         monkeypatch.setattr(portable, "SMALL", small)
         output = linear_attention(*tensors[:3], **kwargs, backend="torch")

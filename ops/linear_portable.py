@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vitarium.ops.linear_features import HALF, SLOPE, SMALLEST, Focus, row_sums
@@ -135,17 +134,14 @@ class _Chunks:
         if self.map == "identity":
             return self.rows("features", x)
         found = self.take("features", *x.shape)
-        if self.map not in ("relu", "focused"):
-            found.copy_(x)
-        elif x.dtype == found.dtype:
-            torch.clamp(x, min=0, out=found)
+        source = x if x.dtype == found.dtype else found.copy_(x)
+        if self.map in ("relu", "focused"):
+            torch.clamp(source, min=0, out=found)
+        elif self.map == "leaky_relu":
+            torch.ops.aten.leaky_relu.out(source, SLOPE, out=found)
         else:
-            found.copy_(x).clamp_(min=0)
-        if self.map == "leaky_relu":
-            F.leaky_relu_(found, SLOPE)
-        elif self.map == "elu":
-            F.elu_(found).add_(1)
-        elif self.map == "focused":
+            torch.ops.aten.elu.out(source, out=found).add_(1)
+        if self.map == "focused":
             tokens = found.view(x.shape[0] * x.shape[1], -1)
             if self.temperature is None:
                 tokens.add_(SMALLEST)

@@ -94,6 +94,7 @@ def flow_attention(
     )
 
 
+@dispatch.remembered
 def _check(query: Tensor, key: Tensor, value: Tensor, eps: float, flow_eps: float) -> None:
     dispatch.check_tensors(NAME, query=query, key=key, value=value)
     for name, tensor in (("query", query), ("key", key), ("value", value)):

@@ -100,6 +100,7 @@ def linear_attention(
     return dispatch.choose(NAME, backend, _IMPLEMENTATIONS, query.device, *args)(*args)
 
 
+@dispatch.remembered
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
     dispatch.check_tensors(NAME, query=query, key=key, value=value)
     for name, tensor in (("query", query), ("key", key), ("value", value)):

@@ -249,7 +249,10 @@ class ChannelAttentionV2(Mixer, name="channel_v2"):
 
     def mix(self, x: Tensor) -> Tensor:
         query, key, value = self._roles(*qkv_heads(self.qkv, x, self.num_heads))
-        scale = (x.shape[1] * x.shape[2]) ** -0.5 if self.dynamic_scale else None
+        tokens = x.shape[1] * x.shape[2]
+        if torch.jit.is_tracing():  # which makes sizes tensors
+            tokens = int(tokens)
+        scale = tokens**-0.5 if self.dynamic_scale else None
         output = channel_attention(query, key, value, scale=scale)
         return self.proj_drop(self.proj(output.flatten(-2)))
 

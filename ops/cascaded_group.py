@@ -56,6 +56,7 @@ class CascadedGroupAttention(Mixer, name="cascaded_group"):
     """
 
     paper = "EfficientViT: Memory Efficient Vision Transformer (arXiv 2305.07027)"
+    linear = True
     operator = "attention"
     no_weight_decay = ("attention_biases",)
     official_names: ClassVar[dict[str, str | None]] = {

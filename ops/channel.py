@@ -220,6 +220,7 @@ class ChannelAttentionV2(Mixer, name="channel_v2"):
     """
 
     paper = "DaViT: Dual Attention Vision Transformers (arXiv 2204.03645)"
+    linear = True
     operator = NAME
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 32, "num_heads": 2},

@@ -350,6 +350,8 @@ def check_scale(name: str, scale: Any, query: Tensor) -> float:
     """
     if scale is None:
         return float(query.shape[-1] ** -0.5)
+    if torch.jit.is_tracing() and isinstance(scale, Tensor):  # made of sizes
+        scale = float(scale)
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
         raise TypeError(f"{name}: scale must be a number or None, got {type(scale).__name__}")
     if not -math.inf < scale < math.inf:

@@ -49,6 +49,7 @@ class FocalModulation(Mixer, name="focal"):
     """
 
     paper = "Focal Modulation Networks (arXiv 2203.11926)"
+    linear = True
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"dim": 32, "focal_window": 3, "focal_level": 2},
         {"dim": 24, "focal_window": 5, "focal_level": 1, "bias": False, "use_post_norm": True,

@@ -94,8 +94,9 @@ class GaussianAdaptiveAttention(Mixer, name="gaussian_adaptive"):
         """What every entry of the map `(B, H, W, C)` is multiplied by, float32 or wider."""
         axis = 1 if self.of_tokens else 2
         tokens = x.flatten(1, 2).to(torch.promote_types(x.dtype, torch.float32))
-        heads = min(self.num_heads, tokens.shape[axis])
-        size, rest = divmod(tokens.shape[axis], heads)
+        length = tokens.shape[axis]
+        heads = min(self.num_heads, length)
+        size, rest = length // heads, length % heads  # torch.jit.trace has no divmod
         parts = [(0, heads, tokens)]
         if rest:
             last = (heads - 1) * size

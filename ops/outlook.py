@@ -351,6 +351,7 @@ class OutlookAttention(Mixer, name="outlook"):
     """
 
     paper = "VOLO: Vision Outlooker for Visual Recognition (arXiv 2106.13112)"
+    linear = True
     operator = NAME
     examples = (
         {"dim": 32, "num_heads": 2, "stride": 2},

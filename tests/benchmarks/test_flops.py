@@ -67,7 +67,8 @@ def test_our_operators_count_the_same_everywhere(name, arguments):
     model = _OneMixer(name, **arguments).eval()
     counts = flops.count(model, 14)
     assert counts == flops.count_with_fvcore(model, 14)
-    assert counts.macs > 14 * 14 * 3 * arguments["dim"]
+    stem = 14 * 14 * 3 * arguments["dim"]
+    assert counts.macs > stem or (counts.macs == stem and not MIXERS[name].operator)
 
 
 def test_neighborhood_attention_counts_its_windows_and_nothing_else():

@@ -6,10 +6,9 @@ Every window has agents of its own; all share the biases. Han et al. (arXiv 2312
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitarium.ops import dispatch
@@ -24,55 +23,10 @@ from vitarium.ops.agent_mixers import (
     depthwise,
 )
 from vitarium.ops.mixer import Mixer, qkv_heads
+from vitarium.ops.partition import InWindows, Partition, window_and_shift
 
 
-class Windows(NamedTuple):
-    """How a map is cut into windows.
-
-    Attributes:
-        size: of a window.
-        shift: rows and columns that the map is rolled back by.
-        counts: of windows along either side.
-    """
-
-    size: Size
-    shift: Size
-    counts: Size
-
-    @classmethod
-    def of(cls, lengths: Size, size: Size, shift: Size = (0, 0)) -> Windows:
-        """Windows of a map of these lengths; one as long as an axis is not shifted along it."""
-        (height, width), (rows, columns) = lengths, size
-        size = min(rows, height), min(columns, width)
-        shift = shift[0] if height > rows else 0, shift[1] if width > columns else 0
-        return cls(size, shift, (-(-height // size[0]), -(-width // size[1])))
-
-    def cut(self, x: Tensor) -> Tensor:
-        """`(B, H, W, C)` as `(B * windows, *size, C)`, with zeros at the bottom and right."""
-        (rows, columns), (height, width) = self.size, x.shape[1:3]
-        below, right = self.counts[0] * rows - height, self.counts[1] * columns - width
-        if below or right:
-            x = F.pad(x, (0, 0, 0, right, 0, below))
-        if any(self.shift):
-            x = x.roll((-self.shift[0], -self.shift[1]), (1, 2))
-        x = x.unflatten(2, (self.counts[1], columns)).unflatten(1, (self.counts[0], rows))
-        return x.transpose(2, 3).flatten(0, 2)
-
-    def joined(self, x: Tensor, lengths: Size) -> Tensor:
-        """The map that was `cut`."""
-        x = x.unflatten(0, (-1, *self.counts)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        if any(self.shift):
-            x = x.roll(self.shift, (1, 2))
-        return x[:, : lengths[0], : lengths[1]]
-
-    def weights(self, mixer: Mixer, call: dispatch.Call, wanted: Tensor) -> Tensor:
-        """`Mixer._weights` of a call whose batch are these windows."""
-        size = wanted.shape[-2], wanted.shape[-1]
-        wanted = self.cut(wanted.movedim(1, -1)).movedim(-1, 1)
-        return self.joined(mixer._key_weights(call, wanted), size).movedim(-1, 1)
-
-
-class AgentWindowAttention(AgentAttention, name="agent_window"):
+class AgentWindowAttention(InWindows, AgentAttention, name="agent_window"):
     """Agent attention within windows of the map, the mixer of Agent-Swin.
 
     With q, k, v of qkv(x), P(q) the queries of a window pooled to sqrt(agent_num) x
@@ -116,11 +70,7 @@ class AgentWindowAttention(AgentAttention, name="agent_window"):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        owner = "AgentWindowAttention"
-        window = dispatch.per_dimension(owner, "window_size", window_size, 2)
-        shift = dispatch.per_dimension(owner, "shift_size", shift_size, 2, least=0)
-        if any(s >= w for s, w in zip(shift, window)):
-            raise ValueError(f"{owner}: shift_size={shift_size!r} must be less than {window_size=}")
+        window, shift = window_and_shift(type(self).__name__, window_size, shift_size)
         super().__init__(
             dim,
             num_heads=num_heads,
@@ -131,23 +81,7 @@ class AgentWindowAttention(AgentAttention, name="agent_window"):
             device=device,
             dtype=dtype,
         )
-        self.window_size: Size = window
-        self.shift_size: Size = shift
-
-    def _windows(self, height: int, width: int) -> Windows:
-        return Windows.of((height, width), self.window_size, self.shift_size)
-
-    def mix(self, x: Tensor) -> Tensor:
-        height, width = x.shape[1:3]
-        windows = self._windows(height, width)
-        return windows.joined(super().mix(windows.cut(x)), (height, width))
-
-    def _weights(self, call: dispatch.Call, wanted: Tensor) -> Tensor:
-        return self._windows(*wanted.shape[-2:]).weights(self, call, wanted)
-
-    def extra_repr(self) -> str:
-        parts = f"window_size={self.window_size}, shift_size={self.shift_size}"
-        return f"{super().extra_repr()}, {parts}"
+        self.window_size, self.shift_size = window, shift
 
 
 class AgentStripes(Agents):
@@ -191,28 +125,23 @@ class AgentStripes(Agents):
         self.idx = idx
         self.split_size = split_size
         self.get_v = depthwise(dim, factory)
-        size = self.windows(resolution, resolution).size
+        size = self.partition((resolution, resolution)).window_size
         self.make_agents(num_heads, agent_num, size, size, factory)
 
-    def windows(self, height: int, width: int) -> Windows:
+    def partition(self, size: Size) -> Partition:
         """The stripes of a map of this size."""
-        size = (
-            height if self.idx != 1 else self.split_size,
-            (width if self.idx != 0 else self.split_size),
-        )
-        return Windows.of((height, width), size)
+        return Partition.stripes(size, self.idx, self.split_size)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The map `(B, H, W, C)` of queries, keys and values of that shape.
 
         Where stripes do not divide it, all three are padded with zeros at the bottom and right.
         """
-        size = query.shape[1], query.shape[2]
-        windows = self.windows(*size)
-        query, key, value = map(windows.cut, (query, key, value))
+        partition = self.partition((query.shape[1], query.shape[2]))
+        query, key, value = map(partition.split, (query, key, value))
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (query, key, value))
         output = self.attend(q, k, v, self.pooled(query)).flatten(-2)
-        return windows.joined(output + convolved(self.get_v, value), size)
+        return partition.join(output + convolved(self.get_v, value))
 
 
 class AgentCrossShapedAttention(Mixer, name="agent_cswin"):
@@ -298,9 +227,9 @@ class AgentCrossShapedAttention(Mixer, name="agent_cswin"):
         return self.proj_drop(self.proj(found[0] if count == 1 else torch.cat(found, -1)))
 
     def _followed(self, calls: Sequence[dispatch.Call], wanted: Tensor) -> Tensor:
-        size = wanted.shape[-2:]
+        size = (wanted.shape[-2], wanted.shape[-1])
         found = [
-            branch.windows(*size).weights(self, call, wanted)  # type: ignore[operator, union-attr]
+            branch.partition(size).weights(self, call, wanted)  # type: ignore[operator, union-attr]
             for branch, call in zip(self.attns, calls)
         ]
         return torch.cat(found, 1)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from vitarium.ops import dispatch
 from vitarium.ops.linear import NAME, FeatureMap, linear_attention
-from vitarium.ops.linear_windows import Pair, Partition
 from vitarium.ops.mixer import Mixer, qkv_heads
+from vitarium.ops.partition import InWindows, Pair, Partition, window_and_shift
 
 PAPER = "InLine attention (arXiv 2412.06590)"
 
@@ -215,7 +215,7 @@ class InLineAttention(JointProjection, Mixer, name="inline"):
         return f"num_heads={self.num_heads}, kernel_func={self.kernel_func!r}"
 
 
-class InLineWindowAttention(InLineAttention, name="inline_window"):
+class InLineWindowAttention(InWindows, InLineAttention, name="inline_window"):
     """InLine attention within windows of the map, plain or shifted, as in InLine-Swin.
 
         q, k, v = qkv(x);  out = proj(attention(q, k, v) + residual(v; mean of x))  within a window
@@ -228,7 +228,7 @@ class InLineWindowAttention(InLineAttention, name="inline_window"):
     Args:
         dim, num_heads, qkv_bias, kernel_func, proj_drop: as in `InLineAttention`.
         window_size: the window, a length or one per dimension (H, W).
-        shift_size: tokens that the windows are shifted by.
+        shift_size: tokens that the windows are shifted by, a number or one per dimension.
 
     Raises:
         ValueError: as in `InLineAttention`, or a size is impossible.
@@ -244,8 +244,8 @@ class InLineWindowAttention(InLineAttention, name="inline_window"):
         dim: int,
         *,
         num_heads: int = 8,
-        window_size: int | tuple[int, int] = 7,
-        shift_size: int = 0,
+        window_size: int | Pair = 7,
+        shift_size: int | Pair = 0,
         qkv_bias: bool = True,
         kernel_func: KernelFunction = "identity",
         proj_drop: float = 0.0,
@@ -261,29 +261,9 @@ class InLineWindowAttention(InLineAttention, name="inline_window"):
             device=device,
             dtype=dtype,
         )
-        owner = type(self).__name__
-        self.window_size = dispatch.per_dimension(owner, "window_size", window_size, 2)
-        if not 0 <= shift_size < min(self.window_size):
-            raise ValueError(
-                f"{owner}: shift_size={shift_size} must be at least 0 and below window_size"
-            )
-        self.shift_size = shift_size
-
-    def _partition(self, size: Pair) -> Partition:
-        return Partition.of(size, self.window_size, self.shift_size)
-
-    def mix(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        partition = self._partition((x.shape[1], x.shape[2]))
-        return partition.join(super().mix(partition.split(x)))
-
-    def _weights(self, call: dispatch.Call, wanted: Tensor) -> Tensor:
-        size = (wanted.shape[-2], wanted.shape[-1])
-        return self._partition(size).weights(self, call, wanted)
-
-    def extra_repr(self) -> str:
-        """The number of heads, the feature map and the windows."""
-        text = f"window_size={self.window_size}, shift_size={self.shift_size}"
-        return f"{super().extra_repr()}, {text}"
+        self.window_size, self.shift_size = window_and_shift(
+            type(self).__name__, window_size, shift_size
+        )
 
 
 class InLineStripes(nn.Module):
@@ -324,12 +304,7 @@ class InLineStripes(nn.Module):
 
     def partition(self, size: Pair) -> Partition:
         """The stripes of a map."""
-        stripes = {
-            -1: size,
-            0: (size[0], self.split_size),
-            1: (self.split_size, size[1]),
-        }
-        return Partition.of(size, stripes[self.idx])
+        return Partition.stripes(size, self.idx, self.split_size)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mean: Tensor) -> Tensor:
         """`(B, H, W, C)` of queries, keys and values of that shape and `mean`, `(B, C)`."""

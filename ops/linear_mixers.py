@@ -16,8 +16,8 @@ from vitarium.ops import dispatch
 from vitarium.ops.inline_mixers import JointProjection
 from vitarium.ops.linear import NAME, NORMALIZATIONS, FeatureMap, linear_attention
 from vitarium.ops.linear_features import FEATURE_MAPS
-from vitarium.ops.linear_windows import Pair, Partition
 from vitarium.ops.mixer import Mixer, qkv_heads
+from vitarium.ops.partition import InWindows, Pair, window_and_shift
 
 
 def _check_heads(owner: str, dim: int, num_heads: int) -> None:
@@ -265,7 +265,7 @@ class FocusedLinearAttention(JointProjection, Mixer, name="focused_linear"):
         )
 
 
-class FocusedLinearWindowAttention(FocusedLinearAttention, name="focused_linear_window"):
+class FocusedLinearWindowAttention(InWindows, FocusedLinearAttention, name="focused_linear_window"):
     """Focused linear attention within windows of the map, as in FLatten-Swin.
 
         out = proj(sum_j phi(q_i) phi(k_j) v_j / (sum_j phi(q_i) phi(k_j)) + dwc(v)_i)
@@ -279,7 +279,7 @@ class FocusedLinearWindowAttention(FocusedLinearAttention, name="focused_linear_
         dim, num_heads, qkv_bias, focusing_factor, kernel_size, proj_drop: as in
             `FocusedLinearAttention`.
         window_size: the window, a length or one per dimension (H, W).
-        shift_size: tokens that the windows are shifted by.
+        shift_size: tokens that the windows are shifted by, a number or one per dimension.
 
     Raises:
         ValueError: as in `FocusedLinearAttention`, or a size is impossible.
@@ -295,8 +295,8 @@ class FocusedLinearWindowAttention(FocusedLinearAttention, name="focused_linear_
         dim: int,
         *,
         num_heads: int = 8,
-        window_size: int | tuple[int, int] = 7,
-        shift_size: int = 0,
+        window_size: int | Pair = 7,
+        shift_size: int | Pair = 0,
         qkv_bias: bool = True,
         focusing_factor: float = 3,
         kernel_size: int = 5,
@@ -304,12 +304,7 @@ class FocusedLinearWindowAttention(FocusedLinearAttention, name="focused_linear_
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        owner = type(self).__name__
-        size = dispatch.per_dimension(owner, "window_size", window_size, 2)
-        if not 0 <= shift_size < min(size):
-            raise ValueError(
-                f"{owner}: shift_size={shift_size} must be at least 0 and below window_size"
-            )
+        size, shift = window_and_shift(type(self).__name__, window_size, shift_size)
         super().__init__(
             dim,
             num_heads=num_heads,
@@ -321,20 +316,4 @@ class FocusedLinearWindowAttention(FocusedLinearAttention, name="focused_linear_
             device=device,
             dtype=dtype,
         )
-        self.window_size, self.shift_size = size, shift_size
-
-    def _partition(self, size: Pair) -> Partition:
-        return Partition.of(size, self.window_size, self.shift_size)
-
-    def mix(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        partition = self._partition((x.shape[1], x.shape[2]))
-        return partition.join(super().mix(partition.split(x)))
-
-    def _weights(self, call: dispatch.Call, wanted: Tensor) -> Tensor:
-        size = (wanted.shape[-2], wanted.shape[-1])
-        return self._partition(size).weights(self, call, wanted)
-
-    def extra_repr(self) -> str:
-        """The number of heads, the power and the windows."""
-        text = f"window_size={self.window_size}, shift_size={self.shift_size}"
-        return f"{super().extra_repr()}, {text}"
+        self.window_size, self.shift_size = size, shift

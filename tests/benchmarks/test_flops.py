@@ -60,8 +60,11 @@ class _OneMixer(nn.Module):
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [(name, example) for name, mixer in MIXERS.items() for example in mixer.examples],
-    ids=str,
+    [
+        pytest.param(name, example, id=f"{name}-{i}")
+        for name, mixer in MIXERS.items()
+        for i, example in enumerate(mixer.examples)
+    ],
 )
 def test_our_operators_count_the_same_everywhere(name, arguments):
     model = _OneMixer(name, **arguments).eval()

@@ -12,7 +12,7 @@ from torch import Tensor
 from vitarium.ops import build_mixer, flow_attention, linear_attention
 from vitarium.ops import linear_portable as portable
 from vitarium.ops.inline_mixers import SMALL, dynamic_convolution
-from vitarium.ops.linear_windows import Partition
+from vitarium.ops.partition import Partition
 
 
 def maps(*shape: int, count: int = 3, seed: int = 0) -> list[Tensor]:
@@ -140,7 +140,7 @@ def test_dynamic_convolution(size: tuple[int, int]) -> None:
 def test_windows_cover_the_map(shift: int) -> None:
     (x,) = maps(2, 7, 10, 3, count=1)
     for window in ((3, 4), (7, 5), (9, 9)):
-        partition = Partition.of((7, 10), window, shift)
+        partition = Partition.of((7, 10), window, (shift, shift))
         windows = partition.split(x)
         assert windows.shape[1:3] == partition.window_size
         assert len(windows) == 2 * math.prod(partition.grid)

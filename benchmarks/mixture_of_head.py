@@ -47,7 +47,7 @@ def _active(share: float) -> Callable[[torch.Generator, Sequence[int]], Tensor]:
 
     def draw(generator: torch.Generator, shape: Sequence[int]) -> Tensor:
         order = torch.rand(*shape, generator=generator).argsort(-1).argsort(-1)
-        return order < share * shape[-1] - 0.5 + torch.rand(*shape[:-1], 1, generator=generator)
+        return order < share * shape[-1] - 1 + torch.rand(*shape[:-1], 1, generator=generator)
 
     return draw
 

@@ -211,3 +211,16 @@ def test_on_cuda(small_suite):
     outcome = bench_operators([NAME], device="cuda", dtypes=["bfloat16"], min_rounds=1, seconds=0.0)
     assert {r.mode for r in outcome.records} == {"forward", "backward"}
     assert {"triton", "torch", "flex", "floor"} <= {r.implementation for r in outcome.records}
+
+
+@pytest.mark.parametrize("share", [0.5, 0.75, 0.9])
+def test_as_many_heads_are_active_as_a_case_says(share):
+    case = next(
+        case
+        for case in SUITES["mixture_of_head_attention"].cases(2)
+        if case.note.startswith("40x40") and case.note.endswith(f"active {share:.0%}")
+    )
+    active = case.draw(torch.Generator().manual_seed(0))["active"]
+    heads = active.shape[-1]
+    assert active.double().mean().item() == pytest.approx(share, abs=0.01)
+    assert set(active.sum(-1).flatten().tolist()) <= {int(share * heads), -int(-share * heads // 1)}

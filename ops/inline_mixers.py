@@ -324,16 +324,18 @@ class CrossShapedInLineAttention(Mixer, name="inline_cross_shaped"):
         q, k, v = qkv(x);  out = proj([stripes_0(q, k, v), stripes_1(q, k, v)])
 
     where half of the channels attends within stripes as high as the map, the other within stripes
-    as wide, each with the dynamic residual and a depthwise convolution of v within its stripe; with
-    `last_stage` all attend to the whole map. Weights of the residual are made of the mean token of
+    as wide, each with the dynamic residual and a depthwise convolution of v within its stripe; in
+    the last stage all attend to the map. Weights of the residual are made of the mean token of
     the map. Stripes that do not fill the map are padded with zeros, which are attended to. Cost for
     N tokens: 4 N C^2 + 2 N C head_dim + 18 N C multiply-adds.
 
     Args:
         dim: number of channels C.
-        num_heads: number of heads; divides `dim`, even unless `last_stage`.
+        num_heads: number of heads; divides `dim`, even unless there is one branch.
         split_size: tokens across a stripe.
-        last_stage: one branch over the whole map.
+        resolution: side of the map that the mixer is for; any map will do.
+        last_stage: whether there is one branch on the whole map; so too if the stripes are as wide
+            as `resolution`.
         qkv_bias: bias of the query, key and value projection.
         proj_drop: dropout rate after the output projection.
 
@@ -355,6 +357,7 @@ class CrossShapedInLineAttention(Mixer, name="inline_cross_shaped"):
         *,
         num_heads: int = 8,
         split_size: int = 7,
+        resolution: int | None = None,
         last_stage: bool = False,
         qkv_bias: bool = False,
         proj_drop: float = 0.0,
@@ -364,6 +367,7 @@ class CrossShapedInLineAttention(Mixer, name="inline_cross_shaped"):
         super().__init__(dim)
         owner, factory = type(self).__name__, {"device": device, "dtype": dtype}
         _check_heads(owner, dim, num_heads)
+        last_stage = last_stage or resolution == split_size
         branches = 1 if last_stage else 2
         if num_heads % branches:
             raise ValueError(f"{owner}: num_heads={num_heads} must be even without last_stage")

@@ -5,7 +5,7 @@ import lzma
 import math
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,17 @@ class Parity:
         """Standard normal float64 images, always the same."""
         generator = np.random.Generator(np.random.PCG64(0))
         return torch.from_numpy(generator.standard_normal((batch, channels, height, width)))
+
+    @staticmethod
+    def close(output: Tensor, golden: Mapping[str, Any], tolerance: float = 1e-9) -> None:
+        """Asserts that the output is the golden's, where its numbers are known."""
+        want = golden["output"]
+        assert list(output.shape) == want["shape"]
+        values = next(want[name] for name in ("full", "values", "first64", "first") if name in want)
+        known = torch.tensor(values, dtype=torch.float64)
+        atol = tolerance * output.abs().max().item()
+        found = output.flatten()[: len(known)]
+        torch.testing.assert_close(found, known, rtol=tolerance, atol=atol)
 
 
 @pytest.fixture(scope="session")

@@ -177,6 +177,16 @@ def test_cross_shaped_maps() -> None:
 
 
 @torch.no_grad()
+def test_stripes_as_wide_as_the_map_are_one_branch() -> None:
+    arguments = {"num_heads": 3, "split_size": 6, "resolution": 6}
+    mixer = build_mixer(("inline_cross_shaped", arguments), 12)
+    last = build_mixer(("inline_cross_shaped", {"num_heads": 3, "last_stage": True}), 12)
+    last.load_state_dict(mixer.state_dict(), strict=True)
+    x = torch.randn(2, 6, 6, 12)
+    assert torch.equal(mixer(x), last(x))
+
+
+@torch.no_grad()
 def test_focused_with_pooled_keys() -> None:
     """Any map, and the official names of separate projections."""
     arguments = {"num_heads": 2, "num_patches": 64, "sr_ratio": 2, "qkv_bias": True}

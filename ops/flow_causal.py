@@ -6,6 +6,7 @@ causal version of the official code, on top of `causal_linear_attention`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -118,8 +119,8 @@ class FlowAttentionCausal(Mixer, name="flow_causal"):
             raise ValueError(f"{owner}: {n_heads=} must divide {d_model=}")
         if not 0 <= drop_out <= 1:
             raise ValueError(f"{owner}: {drop_out=} is a rate; allowed is 0 to 1")
-        if not eps > 0:
-            raise ValueError(f"{owner}: {eps=} must be positive")
+        if not 0 <= eps < math.inf:
+            raise ValueError(f"{owner}: {eps=} must be at least 0 and finite")
         self.n_heads = n_heads
         self.eps = eps
         factory = {"device": device, "dtype": dtype}

@@ -169,3 +169,17 @@ def test_attention_maps_are_the_weights_of_the_values(name, monkeypatch):
     assert not weights[:, :, 12:].any()
     found = torch.einsum("bhn,bnhd->bhd", weights, value)
     torch.testing.assert_close(found, output[:, 11])
+
+
+@torch.no_grad()
+def test_flow_attention_needs_no_epsilon():
+    """Features are positive."""
+    mixers = [
+        build_mixer(("flow_causal", {"n_heads": 2, "eps": eps}), 8, dtype=torch.float64)
+        for eps in (0.0, 1e-12)
+    ]
+    mixers[1].load_state_dict(mixers[0].state_dict())
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    torch.testing.assert_close(*(mixer(x) for mixer in mixers), rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="eps=-1 must be at least 0 and finite"):
+        build_mixer(("flow_causal", {"n_heads": 2, "eps": -1}), 8)

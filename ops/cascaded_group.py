@@ -45,7 +45,7 @@ class CascadedGroupAttention(Mixer, name="cascaded_group"):
         key_dim: width of queries and keys.
         num_heads: number of heads; divides `dim`.
         attn_ratio: width of values over `key_dim`; it is `dim // num_heads`, which the next head
-            adds to its part of the channels.
+            adds to its part of the channels, unless there is one head.
         resolution: side of the map that the official code is built for; any map is taken.
         window_resolution: side of the windows; at most `resolution`.
         kernels: sides of the depthwise kernels, one odd number for each head.
@@ -92,7 +92,7 @@ class CascadedGroupAttention(Mixer, name="cascaded_group"):
         if key_dim < 1:
             raise ValueError(f"{owner}: key_dim={key_dim} must be at least 1")
         value_dim = int(attn_ratio * key_dim)
-        if value_dim != dim // num_heads:
+        if value_dim < 1 or (num_heads > 1 and value_dim != dim // num_heads):
             raise ValueError(
                 f"{owner}: attn_ratio={attn_ratio} makes values {value_dim} wide; allowed is what "
                 f"makes them {dim} // {num_heads} = {dim // num_heads} wide (dim, num_heads, "

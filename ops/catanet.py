@@ -165,7 +165,9 @@ class TokenAggregationAttention(Mixer, name="token_aggregation"):
         length, count = tokens.shape[1], len(self.means)
         run = length // count + 1  # as official, also where the length divides
         place = torch.arange(run * count, device=tokens.device)
-        return tokens[:, reflected(place, length)].mean(0).unflatten(0, (count, run)).mean(1)
+        runs = tokens[:, reflected(place, length)].unflatten(1, (count, run)).transpose(0, 1)
+        # In the official order: where a run mirrors another, rounding says which one is nearer.
+        return runs.flatten(1, 2).mean(1)
 
     @staticmethod
     @torch.no_grad()

@@ -40,6 +40,16 @@ def test_local_part_by_definition(size, group):
         torch.testing.assert_close(found[0, token, 0], weights @ value[0, seen, 0])
 
 
+def test_runs_of_all_images_are_summed_at_once():
+    """To the bit: the last run mirrors the one before, and tokens choose between their means."""
+    torch.manual_seed(0)
+    mixer = TokenAggregationAttention(8, num_heads=1, num_tokens=13, dtype=torch.float64)
+    tokens = torch.randn(3, 120, 8, dtype=torch.float64)
+    padded = torch.cat([tokens, tokens[:, -10:].flip(1)], 1)
+    runs = [padded[:, start : start + 10].flatten(0, 1) for start in range(0, 130, 10)]
+    assert torch.equal(mixer._means_of_runs(tokens), torch.stack(runs).mean(1))
+
+
 def test_training_moves_centres():
     torch.manual_seed(0)
     mixer = TokenAggregationAttention(

@@ -145,6 +145,7 @@ def test_channel_v2(arguments: dict[str, Any], size: tuple[int, int]) -> None:
     [
         {"key_dim": 8, "num_heads": 2, "attn_ratio": 2, "kernels": (5, 3)},
         {"key_dim": 5, "num_heads": 4, "attn_ratio": 1.6, "resolution": 4, "kernels": (7, 5, 3, 1)},
+        {"key_dim": 4, "num_heads": 1, "attn_ratio": 3, "window_resolution": 4, "kernels": (3,)},
     ],
     ids=str,
 )

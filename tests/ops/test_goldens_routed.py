@@ -49,6 +49,7 @@ def test_grouped_query_attention(path, implementation, parity):
     """Key-driven allocation of the batch at hand, and the same frozen."""
     golden = parity.load(path)
     arguments = dict(golden["constructor"])
+    arguments.pop("attn_drop", None)  # nothing in evaluation
     if isinstance(arguments.get("num_kv_heads"), str):  # "None -> 4"
         arguments["num_kv_heads"] = None
     kind = {"GQA": None, "KDGQA": "key", "DGQA": arguments.get("kind", "diff")}[golden["op"]]
@@ -109,6 +110,7 @@ def test_kmeans_routing(path, implementation, parity):
     golden = parity.load(path)
     arguments = dict(golden["constructor"])
     context = arguments.pop("receives_context", False) or None
+    arguments.pop("dropout", None)
     shapes = [
         spec["shape"] for names, spec in golden["input"].items() for _ in names.split(",")
     ]  # of q, k, v
@@ -195,7 +197,7 @@ def _sparsifiner(arguments, cfg, **kwargs):
     """The mixer of an official layer's arguments, and of its configuration as notes tell it."""
 
     def number(pattern):
-        found = re.search(pattern + r"[ =]([\d.]+\d|\d)", cfg)
+        found = re.search(pattern + r"[ =](\d+(?:\.\d+)?(?:e-?\d+)?)", cfg)
         return None if found is None else float(found[1])
 
     side = math.isqrt(arguments["num_tokens"] - 1)
@@ -207,7 +209,7 @@ def _sparsifiner(arguments, cfg, **kwargs):
     names = ("num_heads", "attn_keep_rate", "reduce_n_factor", "reduce_c_factor")
     names += ("share_inout_proj", "qkv_bias", "qk_scale")
     pruning = arguments.get("token_pruning_this_layer", False)
-    found = {name: arguments[name] for name in names if name in arguments}
+    found = {"qkv_bias": False} | {name: arguments[name] for name in names if name in arguments}
     found |= {
         "input_resolution": (side, side) if square else (1, arguments["num_tokens"] - 1),
         "num_prefix_tokens": 1,

@@ -6,7 +6,7 @@ What is around the mixer in RVT and FAN is written here, with the official names
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class RVTBlock(nn.Module):
         qk_scale: float | None = None,
         use_mask: bool = False,
         num_scales: int = 1,
-        norm_layer: str = "",
+        **_: Any,
     ) -> None:
         super().__init__()
         arguments = {"num_heads": num_heads, "qkv_bias": qkv_bias, "qk_scale": qk_scale}
@@ -119,8 +119,8 @@ class FANBlock(nn.Module):
         eta: float = 1.0,
         c_head_num: int | None = None,
         num_scales: int = 1,
-        norm_layer: str = "",
         downsample: None = None,
+        **_: Any,
     ) -> None:
         super().__init__()
         self.gamma1, self.gamma2 = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
@@ -148,14 +148,15 @@ class RVT(nn.Module):
         num_classes: int,
         num_scales: int,
         use_mask: bool = False,
-        masked_block: int = 0,
+        masked_block: int | None = None,
+        in_chans: int = 3,
         **_: Any,
     ) -> None:
         super().__init__()
         dims = [base * number for base, number in zip(base_dims, heads)]
         side = 1 if patch_size == 4 else 4
         stem = (
-            nn.Conv2d(3, 32, 7, stride=2, padding=2),
+            nn.Conv2d(in_chans, 32, 7, stride=2, padding=2),
             nn.BatchNorm2d(32),
             nn.MaxPool2d(3, stride=2, padding=1),
             nn.Conv2d(32, dims[0], side, stride=side),
@@ -165,7 +166,7 @@ class RVT(nn.Module):
         for stage, dim in enumerate(dims):
             blocks = (
                 RVTBlock(dim, heads[stage], mlp_ratio, True, num_scales=num_scales,
-                         use_mask=use_mask and not stage and i < masked_block)
+                         use_mask=use_mask and not stage and i < (masked_block or 0))
                 for i in range(depth[stage])
             )  # fmt: skip
             self.transformers.append(nn.ModuleDict({"blocks": nn.Sequential(*blocks)}))
@@ -173,7 +174,7 @@ class RVT(nn.Module):
             convolution = nn.Conv2d(before, after, 3, stride=2, padding=1, groups=before)
             self.pools.append(nn.ModuleDict({"conv": convolution}))
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
-        self.head = nn.Linear(dims[-1], num_classes)
+        self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed["proj"](x)
@@ -230,18 +231,21 @@ def test_official_models(path, parity):
     _close(model(_values(golden["input"]["x"])), golden["output"]["logits"])
 
 
-def _maps(bias: float) -> list[Tensor]:
+def _maps(shape: Sequence[int], bias: float) -> list[Tensor]:
     """The maps that the golden of the loss describes."""
+    columns = (shape[0], 1, 1, shape[-1])
     draw = [np.random.Generator(np.random.PCG64(seed)).standard_normal for seed in (0, 1, 10, 11)]
-    scores = [2 * draw[i]((2, 3, 16, 16)) + bias * draw[i + 2]((2, 1, 1, 16)) for i in (0, 1)]
+    scores = [2 * draw[i](shape) + bias * draw[i + 2](columns) for i in (0, 1)]
     return [torch.from_numpy(part).softmax(-1) for part in scores]
 
 
 @pytest.mark.parametrize("path", LOSSES, ids=_name)
 def test_attention_diversification_loss(path, parity):
-    for name, want in parity.load(path)["output"].items():
+    golden = parity.load(path)
+    shape = golden["input"]["attn"]["shape"]
+    for name, want in golden["output"].items():
         threshold = float(name.split()[0].removeprefix("th="))
-        loss = attention_diversification_loss(_maps(3 * ("bias" in name)), threshold)
+        loss = attention_diversification_loss(_maps(shape, 3 * ("bias" in name)), threshold)
         assert loss.item() == pytest.approx(want, rel=1e-9, abs=1e-12)
 
 

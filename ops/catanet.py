@@ -146,8 +146,8 @@ class TokenAggregationAttention(Mixer, name="token_aggregation"):
                 means = spherical_kmeans.step(units, means)
         means = spherical_kmeans.step(units, means)  # the last one has a gradient
         with torch.no_grad():
-            decay = self.ema_decay * self.initted
-            self.means.copy_(means + decay.to(wide) * (self.means.to(wide) - means))
+            decay = self.ema_decay * self.initted.to(wide)
+            self.means.copy_(means + decay * (self.means.to(wide) - means))
             self.initted.fill_(True)
         self._ready = True
         return means

@@ -36,12 +36,6 @@ def _inputs(golden):
         yield torch.from_numpy(values * spec.get("scale", 1))
 
 
-def _close(found, golden, tolerance=1e-9):
-    want = torch.tensor(golden["output"]["values"], dtype=torch.float64).reshape(found.shape)
-    atol = tolerance * want.abs().max().item()
-    torch.testing.assert_close(found, want, rtol=tolerance, atol=atol)
-
-
 @pytest.mark.parametrize("path", _goldens("lightning_attention"))
 def test_lightning_attention(path, parity, monkeypatch):
     """Slopes of two to a power have products with distances that float32 holds; others do not."""
@@ -53,7 +47,7 @@ def test_lightning_attention(path, parity, monkeypatch):
 
     def compare(implementation, tolerance):
         output = causal_linear_attention(query, key, value, decay=decay, backend=implementation)
-        _close(output.transpose(1, 2), golden, tolerance)
+        parity.close(output.transpose(1, 2), golden, tolerance)
 
     for implementation in BACKENDS:
         compare(implementation, 1e-9 if exact else ROUNDED)
@@ -95,18 +89,18 @@ def test_lightning_mixer(path, parity, monkeypatch):
     rates = [-math.log(decay) for decay in mixer.decay]
     assert rates == pytest.approx(golden["constructor"]["slope_rate"], rel=1e-9)
     (x,) = _inputs(golden)
-    _close(mixer(x[:, None])[:, 0], golden)
+    parity.close(mixer(x[:, None])[:, 0], golden)
     monkeypatch.setattr(lightning, "COMPARED", 0)
     for implementation in BACKENDS:
         with backend(implementation):
-            _close(mixer(x[:, None])[:, 0], golden, 2e-8)
+            parity.close(mixer(x[:, None])[:, 0], golden, 2e-8)
 
 
 @pytest.mark.parametrize("path", _goldens("simple_rms_norm"))
 def test_simple_rms_norm(path, parity):
     golden = parity.load(path)
     (x,) = _inputs(golden)
-    _close(SimpleRMSNorm(**golden["constructor"])(x), golden)
+    parity.close(SimpleRMSNorm(**golden["constructor"])(x), golden)
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)
@@ -122,7 +116,7 @@ def test_retention_mixer(path, implementation, parity):
     )
     with backend(implementation):
         official = mixer(x[:, None])[:, 0]
-    _close(official, golden)
+    parity.close(official, golden)
     linear = _build("retention", golden, parity)(x[:, None])[:, 0]
     eps = golden["constructor"].get("layernorm_eps", 1e-6)
     torch.testing.assert_close(linear, official, rtol=0, atol=1e3 * eps)
@@ -133,7 +127,7 @@ def test_retention_mixer(path, implementation, parity):
 def test_flow_attention(path, implementation, parity):
     golden = parity.load(path)
     state = parity.state_dict(golden["state_dict"])
-    heads, eps = (golden["constructor"][name] for name in ("n_heads", "eps"))
+    heads, eps = golden["constructor"]["n_heads"], golden["constructor"].get("eps", 1e-6)
 
     def project(name, x):
         return F.linear(x, state[f"{name}_projection.weight"], state[f"{name}_projection.bias"])
@@ -143,4 +137,4 @@ def test_flow_attention(path, implementation, parity):
         for name, x in zip(("query", "key", "value"), _inputs(golden))
     )
     output = flow_attention_causal(query, key, value, eps=eps, backend=implementation)
-    _close(project("out", output.flatten(-2)), golden)
+    parity.close(project("out", output.flatten(-2)), golden)

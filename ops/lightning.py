@@ -32,10 +32,6 @@ def lightning_slopes(num_heads: int) -> list[float]:
     return slopes
 
 
-# In float64, which is for comparison, up to so many tokens decay as the official code rounds them.
-COMPARED = 1024
-
-
 class SimpleRMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps), without weights (TransNormerLLM, arXiv 2307.14995, section 3.4).
 
@@ -58,9 +54,7 @@ class LightningAttention(Mixer, name="lightning"):
         out = o_proj(norm(head) sigmoid(output_gate(x)))
 
     with a gate of two linear layers and a normalisation over all heads. The map is taken chunk by
-    chunk; `backend("reference")` takes the parallel form and `step` the recurrent one. The official
-    code rounds the exponents slope (i - j) to float32, which moves outputs by some 1e-8; maps of
-    float64 with up to 1,024 tokens are computed so, in the parallel form. Cost for N
+    chunk; `backend("reference")` takes the parallel form and `step` the recurrent one. Cost for N
     tokens: 4 N C^2 + 2 N C^2 / num_heads for the projections and the gate, and 2 N C^2 / num_heads
     for the heads, in multiply-adds. Parameters are named as in the official code.
 
@@ -71,6 +65,8 @@ class LightningAttention(Mixer, name="lightning"):
         norm_type: "layernorm", or "simplermsnorm", as in TransNormerLLM.
         layer_idx: the layer l, 0 ... num_layers - 1: decays are slower in later ones.
         num_layers: the number of layers L.
+        float32_exponents: round the exponents slope (i - j) to float32 as the official code does,
+            which moves outputs by some 1e-8. There is only a parallel form of it, with N^2 scores.
 
     Raises:
         ValueError: `num_heads` does not divide `dim`, or there is no such layer or norm.
@@ -96,6 +92,7 @@ class LightningAttention(Mixer, name="lightning"):
         norm_type: Literal["layernorm", "simplermsnorm"] = "layernorm",
         layer_idx: int = 0,
         num_layers: int = 12,
+        float32_exponents: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -108,6 +105,7 @@ class LightningAttention(Mixer, name="lightning"):
         if not 0 <= layer_idx < num_layers:
             raise ValueError(f"{owner}: {layer_idx=} must be between 0 and {num_layers=} - 1")
         self.num_heads = num_heads
+        self.float32_exponents = float32_exponents
         factory = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(dim, dim, bias=bias, **factory)
         self.k_proj = nn.Linear(dim, dim, bias=bias, **factory)
@@ -141,10 +139,9 @@ class LightningAttention(Mixer, name="lightning"):
 
     def mix(self, x: Tensor) -> Tensor:
         heads = self._heads(x)
-        output = causal_linear_attention(*heads, decay=self.decay)
-        if x.dtype == torch.float64 and x.shape[1] * x.shape[2] <= COMPARED:
-            output = self._rounded(*heads)
-        return self._combine(x, output)
+        if self.float32_exponents:
+            return self._combine(x, self._rounded(*heads))
+        return self._combine(x, causal_linear_attention(*heads, decay=self.decay))
 
     def _rounded(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The parallel form with exponents rounded to float32, `(B, H, W, num_heads, head_dim)`."""
@@ -155,6 +152,14 @@ class LightningAttention(Mixer, name="lightning"):
         decays = torch.exp(-exponents.to(q.dtype)).tril()
         return (q @ k.mT * decays @ v).transpose(1, 2).unflatten(1, query.shape[1:3])
 
+    def _attention_map(self, x: Tensor, row: int, column: int) -> Tensor:
+        """The map does not depend on how exponents are rounded."""
+        rounded, self.float32_exponents = self.float32_exponents, False
+        try:
+            return super()._attention_map(x, row, column)
+        finally:
+            self.float32_exponents = rounded
+
     def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The recurrent form: the output at one more token, in constant time and memory.
 
@@ -164,7 +169,14 @@ class LightningAttention(Mixer, name="lightning"):
 
         Returns:
             Output `(B, C)`, and the state for the next token.
+
+        Raises:
+            ValueError: the mixer was made with `float32_exponents=True`.
         """
+        if self.float32_exponents:
+            raise ValueError(
+                f"{type(self).__name__}: step is not defined with float32_exponents=True"
+            )
         heads, following = causal_linear_step(*self._heads(x), state, decay=self.decay)
         return self._combine(x, heads), following
 

@@ -12,7 +12,6 @@ from vitarium.ops import (
     causal_linear_attention,
     causal_linear_step,
     flow_attention_causal,
-    lightning,
 )
 from vitarium.ops.causal_chunks import CHUNK
 
@@ -131,8 +130,7 @@ def test_bad_arguments():
 
 @pytest.mark.parametrize(("name", "arguments"), MIXERS)
 @torch.no_grad()
-def test_mixers_have_three_forms(name, arguments, monkeypatch):
-    monkeypatch.setattr(lightning, "COMPARED", 0)  # no rounding of exponents
+def test_mixers_have_three_forms(name, arguments):
     torch.manual_seed(0)
     mixer = build_mixer((name, arguments), 24, dtype=torch.float64)
     x = torch.randn(2, 11, 13, 24, dtype=torch.float64)
@@ -142,10 +140,18 @@ def test_mixers_have_three_forms(name, arguments, monkeypatch):
     _assert_same(_steps(mixer.step, x.flatten(1, 2)).view(x.shape), chunkwise)
 
 
-def test_retention_by_rows_of_scores_has_no_recurrent_form():
-    mixer = build_mixer(("retention", {"num_heads": 2, "score_norm": True}), 16)
-    with pytest.raises(ValueError, match="step is not defined with score_norm=True"):
+@pytest.mark.parametrize(
+    ("name", "argument"), [("retention", "score_norm"), ("lightning", "float32_exponents")]
+)
+def test_official_forms_that_are_parallel_have_no_recurrent_form(name, argument):
+    mixer = build_mixer((name, {"num_heads": 2, argument: True}), 16)
+    with pytest.raises(ValueError, match=f"step is not defined with {argument}=True"):
         mixer.step(torch.randn(1, 16))
+    x = torch.randn(1, 3, 4, 16)
+    exact = build_mixer((name, {"num_heads": 2}), 16)
+    exact.load_state_dict(mixer.state_dict())
+    weights, expected = (m.attention_map(x, (1, 2)) for m in (mixer, exact))
+    assert weights.shape == expected.shape == (1, 2, 3, 4) and not weights[:, :, 2].any()
 
 
 @pytest.mark.parametrize("name", ["retention", "lightning", "flow_causal"])

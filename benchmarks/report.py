@@ -169,8 +169,11 @@ def mixer_table(records: Sequence[Record]) -> Table:
 
 def scaling_table(records: Sequence[Record]) -> Table:
     """Mixers on maps of several sizes: a row per mixer, a column per size, ms, and the exponent."""
+    settings = {(r.dtype, r.mode) for r in records}
+    shared = " ".join(next(iter(settings))) if len(settings) == 1 else ""
     table = Table(
-        title="Mixers: median ms by size of the map, and the power of tokens that time grows with",
+        title="Median ms by size of the map, and the power of tokens that time grows with\n"
+        + shared,
         caption=where(records),
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
@@ -182,7 +185,8 @@ def scaling_table(records: Sequence[Record]) -> Table:
     for setting, power in exponents(records).items():
         medians = {r.case: r.median for r in records if (r.name, r.dtype, r.mode) == setting}
         cells = (f"{medians[case] * 1e3:.3g}" if case in medians else "" for case in cases)
-        table.add_row(" ".join(setting), *cells, f"{power:.2f}")
+        name = setting[0] if shared else " ".join(setting)
+        table.add_row(name, *cells, f"{power:.2f}")
     return table
 
 

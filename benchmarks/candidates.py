@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -196,20 +197,23 @@ class _Inputs:
 
     def _results(
         self, function: Function, tensors: Mapping[str, Tensor], grad: Tensor
-    ) -> list[Tensor]:
+    ) -> list[Tensor | None]:
         """The output and, unless only the forward is wanted, the gradient of every tensor."""
         if self.forward_only:
             with torch.no_grad():
                 return [function(**tensors)]
         leaves, inputs = self._leaves(tensors)
         output = function(**leaves)
-        return [output.detach(), *torch.autograd.grad(output, inputs, grad)]
+        # A peer that computes another function may have no use for a tensor.
+        return [output.detach(), *torch.autograd.grad(output, inputs, grad, allow_unused=True)]
 
     def error(self, function: Function) -> float:
         """Largest error over all results, each relative to its reference's largest element."""
         results = self._results(function, self.tensors, self.grad)
         return max(
-            ((result.double() - expected).abs().max() / expected.abs().max()).item()
+            math.inf
+            if result is None
+            else ((result.double() - expected).abs().max() / expected.abs().max()).item()
             for result, expected in zip(results, self.expected)
         )
 
@@ -218,5 +222,7 @@ class _Inputs:
         if self.backward_only:
             leaves, inputs = self._leaves(self.tensors)
             output = function(**leaves)
-            return lambda: torch.autograd.grad(output, inputs, self.grad, retain_graph=True)
+            return lambda: torch.autograd.grad(
+                output, inputs, self.grad, retain_graph=True, allow_unused=True
+            )
         return lambda: self._results(function, self.tensors, self.grad)

@@ -224,3 +224,15 @@ def test_as_many_heads_are_active_as_a_case_says(share):
     heads = active.shape[-1]
     assert active.double().mean().item() == pytest.approx(share, abs=0.01)
     assert set(active.sum(-1).flatten().tolist()) <= {int(share * heads), -int(-share * heads // 1)}
+
+
+def test_a_peer_that_has_no_use_for_a_tensor_is_timed():
+    """Softmax attention beside focused linear attention, which has a temperature."""
+    suite = SUITES["linear_attention"]
+    case = next(case for case in suite.cases(1) if "temperature" in case.shapes)
+    setting = Setting("linear_attention", case, "float32", "training")
+    candidates, refused = build_candidates(setting, CPU, ["written", "sdpa"])
+    assert refused == {} and candidates["written"].error is not None
+    assert candidates["sdpa"].error is None
+    *_, unused = candidates["sdpa"].run()
+    assert unused is None

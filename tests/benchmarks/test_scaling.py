@@ -24,14 +24,12 @@ def _flops(name: str, side: int) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", LINEAR)
+# What is not a product is not counted: a mixer that only weighs tokens has none.
+@pytest.mark.parametrize("name", [name for name in LINEAR if _flops(name, 14)])
 def test_operations_grow_with_tokens(name):
-    """By counting: a map of 16 times as many tokens takes at most 16 times as many, and padding.
-
-    What is not a product is not counted: a mixer that only weighs tokens has none.
-    """
+    """By counting: a map of 16 times as many tokens takes at most 16 times as many, and padding."""
     small, large = _flops(name, 56), _flops(name, 224)
-    assert small <= large <= 16 * 1.1 * small
+    assert 0 < small < large <= 16 * 1.1 * small
 
 
 def test_some_mixers_are_linear():

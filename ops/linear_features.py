@@ -62,40 +62,34 @@ class Focus:
     Args:
         positive: x' = (max(x, 0) + 1e-6) / temperature, `(tokens, all channels)`, contiguous.
         focusing_factor: as in `features`.
-        power: where to put x'^p, up to a factor that all channels of a token share.
-        scratch: of the same shape, for whatever.
+        power: where to put x'^p, up to a factor that all channels of a token share; `positive`
+            itself if there is no derivative to come.
 
     Attributes:
-        square, power_square: squared norms of a token's x' and its power, `(tokens, 1)`.
-        ratio: what `power` has to be multiplied by for the features.
+        ratio: what `power` has to be multiplied by for the features, `(tokens, 1)`.
     """
 
-    def __init__(
-        self, positive: Tensor, focusing_factor: float, power: Tensor, scratch: Tensor
-    ) -> None:
-        self.positive, self.factor, self.power, self.scratch = (
-            positive, focusing_factor, power, scratch
-        )  # fmt: skip
-        self.square = row_sums(torch.mul(positive, positive, out=scratch))
-        if focusing_factor == 3:
-            torch.mul(scratch, positive, out=power)
-        elif focusing_factor == 2:
-            power.copy_(scratch)
-        else:
-            torch.div(positive, positive.amax(1, keepdim=True), out=power).pow_(focusing_factor)
-        self.power_square = torch.linalg.vector_norm(power, dim=1, keepdim=True).square_()
-        self.ratio = (self.square / self.power_square).sqrt_()
+    def __init__(self, positive: Tensor, focusing_factor: float, power: Tensor) -> None:
+        self.positive, self.factor, self.power = positive, focusing_factor, power
+        self.norm = torch.linalg.vector_norm(positive, dim=1, keepdim=True)
+        source = positive
+        if focusing_factor not in (2, 3):
+            source = torch.div(positive, positive.amax(1, keepdim=True), out=power)
+        torch.pow(source, focusing_factor, out=power)
+        self.power_norm = torch.linalg.vector_norm(power, dim=1, keepdim=True)
+        self.ratio = self.norm / self.power_norm
 
-    def backward(self, grad: Tensor, scaled: bool) -> None:
+    def backward(self, grad: Tensor, scaled: bool, scratch: Tensor) -> None:
         """Makes the gradient of the features that of x', in place.
 
         Args:
             grad: of `power * ratio`, or, unless `scaled`, ratio times that.
             scaled: which of them.
+            scratch: of the same shape, for whatever.
         """
-        inner = row_sums(torch.mul(grad, self.power, out=self.scratch))
-        grad.addcmul_(inner / self.power_square, self.power, value=-1)
-        inner = inner / self.square
+        inner = row_sums(torch.mul(grad, self.power, out=scratch))
+        grad.addcmul_(inner / self.power_norm.square(), self.power, value=-1)
+        inner = inner / self.norm.square()
         slope = grad.new_full((1, 1), self.factor)
         if scaled:
             inner, slope = inner * self.ratio, self.factor * self.ratio

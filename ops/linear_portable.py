@@ -18,48 +18,52 @@ from vitarium.ops.workspace import Workspace
 
 CHUNK = 1 << 19  # elements of a chunk of tokens: what is done with it finds it in cache
 SMALL = 1 << 18  # elements of an image below which several make a chunk
+LONG = 128  # tokens of a chunk from which on products read heads that lie side by side
 
 Chunk = tuple[slice, slice]  # of images, of tokens
 
 
-def state_shape(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
-    """Of the saved state: S, z and u in a row; none in float64, where it is computed again."""
+def state_shape(query: Tensor, key: Tensor, value: Tensor) -> tuple[int]:
+    """Of the saved state; none in float64, where it is computed again."""
     if query.dtype == torch.float64:
         return (0,)
     head_dim, value_dim = key.shape[-1], value.shape[-1]
-    return (key.shape[0], key.shape[-2], head_dim * value_dim + head_dim + value_dim)
+    return (key.shape[0] * key.shape[-2] * (head_dim * value_dim + head_dim + value_dim),)
 
 
 class State:
-    """S `(rows, head_dim, value_dim)`, z and u `(rows, 1, width)`: a row is a head of an image."""
+    """S `(images, heads, head_dim, value_dim)`, z and u `(images, heads, 1, width)`, in a row.
 
-    def __init__(self, product: Tensor, z: Tensor, u: Tensor) -> None:
-        self.product, self.z, self.u = product, z, u
+    Args:
+        flat: all S, then all z, then all u.
+        shape: images, heads, head_dim, value_dim.
+    """
+
+    def __init__(self, flat: Tensor, *shape: int) -> None:
+        images, heads, head_dim, value_dim = shape
+        self.flat = flat
+        count = images * heads
+        parts = flat.split([count * x for x in (head_dim * value_dim, head_dim, value_dim)])
+        self.product = parts[0].view(shape)
+        self.z, self.u = (part.view(images, heads, 1, -1) for part in parts[1:])
 
     @classmethod
-    def zeros(cls, like: Tensor, dtype: torch.dtype, rows: int, *widths: int) -> State:
-        """Of `rows` heads whose features and values have these widths."""
-        shapes = (widths, (1, widths[0]), (1, widths[1]))
-        return cls(*(like.new_zeros((rows, *shape), dtype=dtype) for shape in shapes))
+    def zeros(cls, like: Tensor, dtype: torch.dtype, *shape: int) -> State:
+        """Of so many images, heads, and widths of features and values."""
+        images, heads, head_dim, value_dim = shape
+        count = images * heads * (head_dim * value_dim + head_dim + value_dim)
+        return cls(like.new_zeros(count, dtype=dtype), *shape)
 
-    @classmethod
-    def unpacked(cls, flat: Tensor, head_dim: int, value_dim: int) -> State:
-        """What `packed` returned."""
-        parts = flat.flatten(0, 1).split([head_dim * value_dim, head_dim, value_dim], -1)
-        product, z, u = (part.contiguous() for part in parts)
-        return cls(product.unflatten(-1, (head_dim, value_dim)), z[:, None], u[:, None])
-
-    def packed(self, images: int) -> Tensor:
-        """`(images, heads, head_dim * value_dim + head_dim + value_dim)`."""
-        parts = (self.product.flatten(1), self.z.flatten(1), self.u.flatten(1))
-        return torch.cat(parts, -1).unflatten(0, (images, -1))
-
-    def add(self, rows: slice, features: Tensor, values: Tensor) -> None:
-        """Adds products of features and values `(rows, tokens, width)` to S."""
-        if features.dtype == self.product.dtype:
-            self.product[rows].baddbmm_(features.mT, values)
-        else:
-            self.product[rows] += features.mT @ values
+    def add(self, images: slice, features: Tensor, values: Tensor) -> None:
+        """Adds products of features and values `(images, heads, tokens, width)` to S."""
+        product = self.product[images]
+        if features.dtype != product.dtype:
+            product += features.mT @ values
+        elif features.is_contiguous() and values.is_contiguous():
+            product.flatten(0, 1).baddbmm_(features.flatten(0, 1).mT, values.flatten(0, 1))
+        else:  # heads of several images are not a stride apart
+            for total, left, right in zip(product, features, values):
+                total.baddbmm_(left.mT, right)
 
 
 def _chunks(x: Tensor) -> Iterator[Chunk]:
@@ -87,9 +91,12 @@ def _length(x: Tensor, elements: int) -> int:
 
 
 class _Chunks:
-    """Chunks of tokens as matrices, one for a head of an image, and what maps make of them.
+    """Chunks of tokens by heads, `(images, heads, T, channels)`, and what maps make of them.
 
-    Features of half precision are in float32 where the map needs it, and in the backward.
+    Products read tokens whose heads lie side by side, unless they are few, which are copied so that
+    one call multiplies them all, or read twice, or not in cache. What they write is contiguous:
+    products that write heads side by side take longer than a copy. Features of half precision are
+    in float32 where the map needs it, and in the backward.
 
     Attributes:
         dtype: of features, and of the products that they go into.
@@ -107,6 +114,7 @@ class _Chunks:
         self.map, self.factor, self.training = feature_map, focusing_factor, training
         wide = like.dtype in HALF and (training or feature_map in ("elu", "focused"))
         self.dtype = torch.float32 if wide else like.dtype
+        self.reads_views = like.device.type == "cpu" and self.dtype not in HALF
         self.workspace = Workspace(like)
         self.temperature = temperature
         if temperature is not None:
@@ -120,19 +128,40 @@ class _Chunks:
         """A buffer, see `Workspace.take`."""
         return self.workspace.take(f"linear {name}", shape, self.dtype)
 
-    def rows(self, name: str, x: Tensor) -> Tensor:
-        """Tokens `(images, T, heads, channels)` as `(images * heads, T, channels)`."""
-        # In order, which is faster than to read head by head what is not in the cache.
+    def heads(self, name: str, x: Tensor) -> Tensor:
+        """Tokens `(images, T, heads, channels)` by heads, copied."""
         x = x.transpose(1, 2)
-        return self.take(name, *x.shape).copy_(x).flatten(0, 1)
+        return self.take(name, *x.shape).copy_(x)
 
-    def features(self, x: Tensor, scaled: bool = True) -> Tensor:
-        """Features `(images * heads, T, channels)` of tokens `(images, T, heads, channels)`.
+    def view(self, name: str, x: Tensor) -> Tensor:
+        """The same as a view, if that will do."""
+        if self.reads_views and x.dtype == self.dtype and x.shape[1] >= LONG:
+            return x.transpose(1, 2)
+        return self.heads(name, x)
 
-        Unless `scaled`, focused ones lack the factor `focus.ratio`.
+    def product(self, left: Tensor, right: Tensor, name: str) -> Tensor:
+        """`left @ right` by heads, of `(images, heads, T, channels)` and matrices for them."""
+        found = self.take(name, *left.shape[:-1], right.shape[-1])
+        if left.is_contiguous():
+            torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out=found.flatten(0, 1))
+        else:
+            for x, matrix, out in zip(left, right, found):
+                torch.bmm(x, matrix, out=out)
+        return found
+
+    def inner(self, x: Tensor, y: Tensor) -> Tensor:
+        """Sums of x y over channels, by heads, `(images, heads, T, 1)`."""
+        return row_sums(torch.mul(x, y, out=self.take("product", *x.shape)))
+
+    def features(self, x: Tensor, scaled: bool = True, once: bool = False) -> Tensor:
+        """Features by heads of tokens `(images, T, heads, channels)`.
+
+        Args:
+            scaled: whether focused ones have the factor `focus.ratio`.
+            once: whether one product reads them, not several.
         """
         if self.map == "identity":
-            return self.rows("features", x)
+            return self.view("features", x) if once else self.heads("features", x)
         found = self.take("features", *x.shape)
         source = x if x.dtype == found.dtype else found.copy_(x)
         if self.map in ("relu", "focused"):
@@ -147,36 +176,38 @@ class _Chunks:
                 tokens.add_(SMALLEST)
             else:
                 torch.addcmul(self.smallest, tokens, self.coldness, out=tokens)
-            power, scratch = (self.take(name, *tokens.shape) for name in ("power", "scratch"))
-            focus = self.focus = Focus(tokens, self.factor, power, scratch)
-            found = power.view(x.shape)
+            power = self.take("power", *tokens.shape) if self.training else tokens
+            focus = self.focus = Focus(tokens, self.factor, power)
+            found = power
             if scaled:
-                power = torch.mul(power, focus.ratio, out=scratch if self.training else power)
-                found = power.view(x.shape)
+                found = self.take("scaled", *tokens.shape) if self.training else tokens
+                torch.mul(power, focus.ratio, out=found)
+            found = found.view(x.shape)
         self._features = found
-        return found[0].transpose(0, 1) if len(found) == 1 else self.rows("heads", found)
+        return self.view("heads", found)
 
     def backward(self, x: Tensor, grad: Tensor, target: Tensor, scaled: bool = True) -> None:
         """Writes the gradient of the last tokens to `target`.
 
         Args:
             x: what `features` got.
-            grad: of the features, or of those that it returned, times `focus.ratio`.
+            grad: of the features, or of those that it returned, times `focus.ratio`, by heads.
             target: as x.
             scaled: as `features` got it.
         """
         if self.map == "identity":
-            _place(grad, target)
+            target.copy_(grad.transpose(1, 2))
             return
         found = self._features
         assert found is not None
-        grad = _place(grad, self.take("grad of tokens", *x.shape))
+        grad = self.take("grad of tokens", *x.shape).copy_(grad.transpose(1, 2))
         if self.map == "focused":
             assert self.focus is not None
             found, tokens = x, grad.view(self.focus.positive.shape)
-            self.focus.backward(tokens, scaled)
+            scratch = self.take("scaled", *tokens.shape)
+            self.focus.backward(tokens, scaled, scratch)
             if self.temperature is not None:
-                product = torch.mul(tokens, self.focus.positive, out=self.focus.scratch)
+                product = torch.mul(tokens, self.focus.positive, out=scratch)
                 total = product.sum(0).mul_(-self.coldness)
                 if self.grad_temperature is not None:
                     total += self.grad_temperature
@@ -192,11 +223,6 @@ class _Chunks:
             target.copy_(torch.ops.aten.threshold_backward(grad, found.to(grad.dtype), 0))
 
 
-def _place(rows: Tensor, target: Tensor) -> Tensor:
-    """Copies `(images * heads, T, channels)` to `(images, T, heads, channels)`."""
-    return target.copy_(rows.unflatten(0, (len(target), -1)).transpose(1, 2))
-
-
 def _tokens(*maps: Tensor) -> list[Tensor]:
     """`(B, N, heads, channels)` of maps."""
     return [x.flatten(1, -3) for x in maps]
@@ -204,27 +230,19 @@ def _tokens(*maps: Tensor) -> list[Tensor]:
 
 def _state(key: Tensor, value: Tensor, chunks: _Chunks, normalization: str) -> State:
     """The state; z and u are zero where the normalisation has no use for them."""
-    heads = key.shape[2]
+    images, _, heads, head_dim = key.shape
     dtype = torch.float32 if key.dtype in HALF else key.dtype
-    widths = (key.shape[-1], value.shape[-1])
-    state = State.zeros(key, dtype, key.shape[0] * heads, *widths)
+    state = State.zeros(key, dtype, images, heads, head_dim, value.shape[-1])
     for images, tokens in _chunks(key):
-        rows = slice(images.start * heads, images.stop * heads)
-        k = chunks.features(key[images, tokens])
-        v = chunks.rows("value", value[images, tokens])
+        k = chunks.features(key[images, tokens], once=True)
+        v = chunks.view("value", value[images, tokens])
+        # Sums first: they read in order, and products find it in cache.
         if normalization != "none":
-            state.z[rows] += k.sum(1, keepdim=True, dtype=dtype)
+            state.z[images] += k.sum(2, keepdim=True, dtype=dtype)
         if normalization == "injective":
-            state.u[rows] += v.sum(1, keepdim=True, dtype=dtype)
-        state.add(rows, k, v)
+            state.u[images] += v.sum(2, keepdim=True, dtype=dtype)
+        state.add(images, k, v)
     return state
-
-
-def _group(x: Tensor, heads: int, group: int) -> Tensor:
-    """Rows of key heads as rows of query heads."""
-    if group == 1:
-        return x
-    return x.unflatten(0, (-1, heads)).repeat_interleave(group, 1).flatten(0, 1)
 
 
 class _Reader:
@@ -243,31 +261,31 @@ class _Reader:
         self.count, self.eps = key.shape[1], eps
         self.share = scale if normalization == "none" else scale / self.count
         self.heads = query.shape[2]
-        heads, group = key.shape[2], self.heads // key.shape[2]
+        group = self.heads // key.shape[2]
         self.total = self.mean = None
         matrix = state.product * self.share
         if normalization == "injective":
             mean = state.u / self.count
-            matrix.baddbmm_(state.z.mT, mean, alpha=-self.share)
-            self.mean = _group(mean.to(dtype), heads, group)
+            matrix.addcmul_(state.z.mT, mean, value=-self.share)
+            self.mean = _group(mean.to(dtype), group)
         elif normalization == "sum":
-            self.total = _group((state.z * self.share).to(dtype), heads, group)
-        self.matrix = _group(matrix.to(dtype), heads, group)
+            self.total = _group((state.z * self.share).to(dtype), group)
+        self.matrix = _group(matrix.to(dtype), group)
         # A factor on all features of a query cancels out, but for eps.
         self.scaled = normalization != "sum"
 
-    def rows(self, images: slice) -> slice:
-        """The rows of the heads of images."""
-        return slice(images.start * self.heads, images.stop * self.heads)
-
-    def weight(self, rows: slice, features: Tensor, focus: Focus | None) -> Tensor:
-        """The mean weights of queries plus eps, `(rows, tokens, 1)`, over `focus.ratio`."""
+    def weight(self, images: slice, features: Tensor, chunks: _Chunks) -> Tensor:
+        """The mean weights of queries plus eps, `(images, heads, T, 1)`, over `focus.ratio`."""
         assert self.total is not None
-        weight = features @ self.total[rows].mT
-        if focus is None:
+        weight = chunks.inner(features, self.total[images])
+        if chunks.focus is None:
             return weight.add_(self.eps)
-        ratio = focus.ratio.view(-1, 1, weight.shape[1], 1)
-        return weight.unflatten(0, (len(ratio), -1)).add_(self.eps / ratio).flatten(0, 1)
+        return weight.add_(self.eps / chunks.focus.ratio.view(len(weight), 1, -1, 1))
+
+
+def _group(x: Tensor, group: int) -> Tensor:
+    """What queries' heads read, of what keys' heads hold."""
+    return x if group == 1 else x.repeat_interleave(group, 1)
 
 
 def forward(
@@ -288,20 +306,15 @@ def forward(
     state = _state(k, v, chunks, normalization)
     reader = _Reader(state, q, k, chunks.dtype, normalization, scale, eps)
     for images, tokens in _chunks(q):
-        rows, target = reader.rows(images), out[images, tokens]
         phi = chunks.features(q[images, tokens], reader.scaled)
-        found = chunks.take("found", *phi.shape[:2], v.shape[-1])
-        torch.bmm(phi, reader.matrix[rows], out=found)
+        found = chunks.product(phi, reader.matrix[images], "found")
         if reader.total is not None:
-            found.div_(reader.weight(rows, phi, chunks.focus))
+            found.div_(reader.weight(images, phi, chunks))
         elif reader.mean is not None:
-            found.add_(reader.mean[rows])
-        _place(found, target)
+            found.add_(reader.mean[images])
+        out[images, tokens] = found.transpose(1, 2)
     chunks.workspace.close()
-    saved = state_shape(query, key, value)
-    if len(saved) == 1:
-        return output, query.new_empty(saved, dtype=torch.float32)
-    return output, state.packed(len(k)) if len(k) else query.new_empty(saved, dtype=torch.float32)
+    return output, state.flat if state_shape(query, key, value)[0] else query.new_empty(0).float()
 
 
 def backward(
@@ -325,50 +338,42 @@ def backward(
     grad_q, grad_k, grad_v = _tokens(grad_query, grad_key, grad_value)
     widths = (k.shape[-1], v.shape[-1])
     chunks = _Chunks(feature_map, focusing_factor, temperature, query, True)
-    if saved.dim() == 3:
-        state = State.unpacked(saved, *widths)
+    if state_shape(query, key, value)[0]:
+        state = State(saved, len(k), k.shape[2], *widths)
     else:
         state = _state(k, v, chunks, normalization)
     reader = _Reader(state, q, k, chunks.dtype, normalization, scale, eps)
-    gradient = State.zeros(k, state.z.dtype, len(q) * reader.heads, *widths)
+    gradient = State.zeros(k, state.z.dtype, len(q), reader.heads, *widths)
     for images, tokens in _chunks(q):
-        rows, x = reader.rows(images), q[images, tokens]
+        x = q[images, tokens]
         phi = chunks.features(x, reader.scaled)
-        grad = chunks.rows("grad", grad_out[images, tokens])
-        grad_phi = chunks.take("grad features", *phi.shape)
+        grad, matrix = chunks.heads("grad", grad_out[images, tokens]), reader.matrix[images].mT
         if reader.total is None:
-            torch.bmm(grad, reader.matrix[rows].mT, out=grad_phi)
+            grad_phi = chunks.product(grad, matrix, "grad features")
             if reader.mean is not None:
-                gradient.u[rows] += grad.sum(1, keepdim=True)
+                gradient.u[images] += grad.sum(2, keepdim=True)
         else:
-            weight = reader.weight(rows, phi, chunks.focus)
-            grad = torch.div(grad, weight, out=chunks.take("divided", *grad.shape))
-            torch.bmm(grad, reader.matrix[rows].mT, out=grad_phi)
-            result = out[images, tokens].transpose(1, 2)
-            product = chunks.take("product", *result.shape)
-            torch.mul(grad.view(result.shape), result, out=product)
-            inner = row_sums(product).flatten(0, 1).neg_()
-            grad_phi.addcmul_(inner, reader.total[rows])
-            gradient.z[rows] += inner.mT @ phi
-        gradient.add(rows, phi, grad)
+            grad.div_(reader.weight(images, phi, chunks))
+            grad_phi = chunks.product(grad, matrix, "grad features")
+            inner = chunks.inner(grad, out[images, tokens].transpose(1, 2)).neg_()
+            grad_phi.addcmul_(inner, reader.total[images])
+            product = torch.mul(phi, inner, out=chunks.take("product", *phi.shape))
+            gradient.z[images] += product.sum(2, keepdim=True)
+        gradient.add(images, phi, grad)
         chunks.backward(x, grad_phi, grad_q[images, tokens], reader.scaled)
 
-    gradient = _of_state(gradient, state, reader, normalization, k.shape[2])
-    matrix = gradient.product
+    grad_product, grad_z, grad_u = _of_state(gradient, state, reader, normalization, k.shape[2])
     for images, tokens in _chunks(k):
-        rows = slice(images.start * k.shape[2], images.stop * k.shape[2])
-        x, target = k[images, tokens], grad_v[images, tokens]
+        x, matrix = k[images, tokens], grad_product[images]
         phi = chunks.features(x)
-        values = chunks.rows("value", v[images, tokens])
-        found = chunks.take("found", *values.shape)
-        torch.bmm(phi, matrix[rows], out=found)
+        values = chunks.view("value", v[images, tokens])
+        found = chunks.product(phi, matrix, "found")
         if normalization == "injective":
-            found.add_(gradient.u[rows])
-        _place(found, target)
-        grad_phi = chunks.take("grad features", *phi.shape)
-        torch.bmm(values, matrix[rows].mT, out=grad_phi)
+            found.add_(grad_u[images])
+        grad_v[images, tokens] = found.transpose(1, 2)
+        grad_phi = chunks.product(values, matrix.mT, "grad features")
         if normalization != "none":
-            grad_phi.add_(gradient.z[rows])
+            grad_phi.add_(grad_z[images])
         chunks.backward(x, grad_phi, grad_k[images, tokens])
     chunks.workspace.close()
     grad_temperature = None
@@ -381,18 +386,16 @@ def backward(
 
 def _of_state(
     gradient: State, state: State, reader: _Reader, normalization: str, heads: int
-) -> State:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of S, z and u of key heads, from that of what heads of queries read."""
     product, z, u = gradient.product, gradient.z, gradient.u
     group = reader.heads // heads
     if group > 1:
-        product, z, u = (
-            x.unflatten(0, (-1, heads, group)).sum(2).flatten(0, 1) for x in (product, z, u)
-        )
+        product, z, u = (x.unflatten(1, (heads, group)).sum(2) for x in (product, z, u))
     product = product * reader.share
     if normalization == "sum":
         z = z * reader.share
     elif normalization == "injective":
         z = (state.u @ product.mT) / -reader.count
         u = (u - state.z @ product) / reader.count
-    return State(product, z, u)
+    return product, z, u

@@ -196,14 +196,13 @@ class _Focused:
         positive = wide.clamp(min=0).add_(SMALLEST).flatten(0, -3).flatten(1)
         if temperature is not None:
             positive = positive.div_(temperature.flatten())
-        power, scratch = (torch.empty_like(positive) for _ in range(2))
-        self.focus = Focus(positive, focusing_factor, power, scratch)
-        self.features = (power * self.focus.ratio).view(x.shape).to(x.dtype)
+        self.focus = Focus(positive, focusing_factor, torch.empty_like(positive))
+        self.features = (self.focus.power * self.focus.ratio).view(x.shape).to(x.dtype)
 
     def backward(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients of x and of the temperature, from that of the features."""
         rows, total = grad.view(self.focus.positive.shape).to(torch.float32, copy=True), None
-        self.focus.backward(rows, True)
+        self.focus.backward(rows, True, torch.empty_like(rows))
         if self.temperature is not None:
             divisor = self.temperature.flatten()
             total = (rows * self.focus.positive).sum(0).div_(-divisor).view(self.temperature.shape)
@@ -225,13 +224,12 @@ def forward(
     """Linear attention, and its state.
 
     Returns:
-        The output `(B, *spatial, num_heads, value_dim)`, contiguous, and the state `(B,
-        num_heads_kv, head_dim * value_dim + head_dim + value_dim)`, float32.
+        The output `(B, *spatial, num_heads, value_dim)`, contiguous, and the state in a row,
+        `(B, num_heads_kv, head_dim * value_dim + head_dim + value_dim)`, float32.
     """
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     if not output.numel():
-        size = key.shape[-1] * value.shape[-1] + key.shape[-1] + value.shape[-1]
-        return output, query.new_empty((0, key.shape[-2], size), dtype=torch.float32)
+        return output, query.new_empty(0, dtype=torch.float32)
     if feature_map == "focused":
         query, key = (_Focused(x, focusing_factor, temperature).features for x in (query, key))
         feature_map = "identity"
@@ -239,7 +237,7 @@ def forward(
     share = scale if normalization == "none" else scale / count
     state = _state(key, value, feature_map)
     _read(query, output, state, feature_map, MODES[normalization], count, share, eps)
-    return output, state
+    return output, state.view(-1)
 
 
 def backward(
@@ -267,6 +265,7 @@ def backward(
     if not output.numel():
         total = None if temperature is None else torch.zeros_like(temperature)
         return *(grad.zero_() for grad in grads), total
+    state = state.view(*key.shape[:1], key.shape[-2], -1)
     focused = None
     if feature_map == "focused":
         focused = [_Focused(x, focusing_factor, temperature) for x in (query, key)]

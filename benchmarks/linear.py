@@ -114,6 +114,16 @@ def _sdpa(case: Case, device: torch.device) -> Callable[..., Tensor]:
     return run
 
 
+def _products(case: Case, device: torch.device) -> Callable[..., Tensor]:
+    """The two matrix products of the tensors as they lie, heads side by side, and nothing else."""
+
+    def run(query: Tensor, key: Tensor, value: Tensor, temperature: Tensor | None = None) -> Tensor:
+        q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
+        return (q @ (k.transpose(-1, -2) @ v)).transpose(1, 2).reshape(query.shape)
+
+    return run
+
+
 def floor(case: Case, mode: str, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
     """The bare matrix products on the CPU, the bytes that must move on CUDA.
 
@@ -150,6 +160,7 @@ def floor(case: Case, mode: str, dtype: torch.dtype, device: torch.device) -> Ca
 
 PEERS: Mapping[str, Peer] = {
     "written": Peer(_written, devices=("cpu", "cuda")),
+    "products": Peer(_products, devices=("cpu", "cuda"), same_function=False),
     "sdpa": Peer(_sdpa, devices=("cpu", "cuda"), same_function=False),
 }
 

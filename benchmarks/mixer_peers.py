@@ -19,7 +19,7 @@ from timm.models.vision_transformer import Attention
 from timm.models.volo import OutlookAttention
 from torch import Tensor, nn
 
-from vitarium.benchmarks import pooled_peers, routed_peers
+from vitarium.benchmarks import linear_peers, pooled_peers, routed_peers
 from vitarium.benchmarks.mixers import Build, Contest
 from vitarium.ops import Mixer
 
@@ -207,6 +207,7 @@ CONTESTS: list[Contest] = [
             {"key_dim": 16, "num_heads": 4, "attn_ratio": 6, "kernels": (7, 5, 3, 3),
              "resolution": 7},
             {"timm_nchw": _efficientvit}),
+    *linear_peers.CONTESTS,
     *pooled_peers.CONTESTS,
     *routed_peers.CONTESTS,
 ]  # fmt: skip

@@ -30,7 +30,11 @@ Build = Callable[[Mixer, tuple[int, int]], nn.Module]
 
 @dataclass(frozen=True)
 class Contest:
-    """A mixer on a map, and who else computes the same."""
+    """A mixer on a map, and who else computes the same.
+
+    The floor is a module that does a part of the work that is due in any case; its output is not
+    compared.
+    """
 
     note: str
     mixer: str
@@ -38,6 +42,7 @@ class Contest:
     size: tuple[int, int]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     peers: Mapping[str, Build] = field(default_factory=dict)
+    floor: Build | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,8 @@ def build_contest(
                 refused[name] = f"wrong result: error {error:.2g}"
             else:
                 modules[name] = module
+    if contest.floor is not None:
+        modules["floor"] = contest.floor(mixer, contest.size).eval()
     return {name: m.to(device, DTYPES[dtype]) for name, m in modules.items()}, refused
 
 

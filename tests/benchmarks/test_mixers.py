@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 def test_every_peer_gives_what_the_mixer_gives(contest):
     modules, refused = build_contest(contest, "float32", CPU)
     assert refused == {}
-    assert modules.keys() == {OURS, *contest.peers}
+    assert modules.keys() == {OURS, *contest.peers, *(["floor"] if contest.floor else [])}
     assert contest.peers and contest.mixer in MIXERS
     sizes = {sum(p.numel() for p in module.parameters()) for module in modules.values()}
     assert len(sizes) == 1

@@ -87,8 +87,9 @@ def _convolved(x: Tensor, weight: Tensor) -> Iterator[Tensor]:
     """`(H, W, C)` of every image, see `dynamic_convolution`."""
     channels = x.shape[-1]
     kernels = weight.unflatten(-1, (1, 3, 3))
-    for image, kernel in zip(x.permute(0, 3, 1, 2), kernels):
-        found = F.conv2d(image[None], kernel, padding=1, groups=channels)
+    # Batches of one image keep the strides by which they are known to be channels-last.
+    for image, kernel in zip(x.permute(0, 3, 1, 2).split(1), kernels):
+        found = F.conv2d(image, kernel, padding=1, groups=channels)
         yield found.squeeze(0).permute(1, 2, 0)
 
 

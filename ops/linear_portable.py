@@ -238,9 +238,9 @@ def _state(key: Tensor, value: Tensor, chunks: _Chunks, normalization: str) -> S
         v = chunks.view("value", value[images, tokens])
         # Sums first: they read in order, and products find it in cache.
         if normalization != "none":
-            state.z[images] += k.sum(2, keepdim=True, dtype=dtype)
+            state.z[images] += k.sum(2, keepdim=True)
         if normalization == "injective":
-            state.u[images] += v.sum(2, keepdim=True, dtype=dtype)
+            state.u[images] += v.sum(2, keepdim=True)
         state.add(images, k, v)
     return state
 

@@ -1,5 +1,7 @@
 """Stems, downsamplers and blocks that families share. Maps are channels-last, `(B, H, W, C)`."""
 
+from collections.abc import Callable
+
 from timm.layers import DropPath, LayerScale, Mlp, PatchEmbed
 from torch import Tensor, nn
 
@@ -62,6 +64,7 @@ class Block(nn.Module):
         layer_scale: initial factor of both branches, learned per channel; None for no factor.
         drop_path: rate of stochastic depth.
         proj_drop: dropout rate in the feed-forward network.
+        norm_layer: `norm_layer(dim)`, both norms.
     """
 
     def __init__(
@@ -73,13 +76,14 @@ class Block(nn.Module):
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         proj_drop: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = norm_layer(dim)
         self.mixer = mixer
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()

@@ -157,13 +157,16 @@ class Pyramid(nn.Module):
         self.apply(_init_module)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay must leave alone: those that mixers name."""
+        """Names of parameters that weight decay must leave alone.
+
+        They are those that mixers and other parts name in an attribute `no_weight_decay`.
+        """
         return {
             f"{path}.{name}"
             for path, module in self.named_modules()
-            if isinstance(module, Mixer)
+            if path
             for name, parameter in module.named_parameters()
-            if name in module.no_weight_decay
+            if name in getattr(module, "no_weight_decay", ())
         }
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

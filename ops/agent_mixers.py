@@ -29,7 +29,9 @@ class Agents(nn.Module):
     """Agents and their biases: what all forms of agent attention share, for other modules.
 
     Biases are sums of a table of 7 x 7 that is interpolated to the map and of one number per row
-    and per column, which belong to a map of `size` tokens and are interpolated to any other.
+    and per column, which belong to a map of `size` tokens and are interpolated to any other. They
+    have `agent_num` agents, a square; where another `agent_shape` pools the queries, as in the
+    official code for detection and segmentation, they are interpolated to it too.
     """
 
     def make_agents(
@@ -39,12 +41,15 @@ class Agents(nn.Module):
         size: Size,
         key_size: Size,
         factory: dict[str, Any],
+        agent_shape: Size | None = None,
     ) -> None:
         def table(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, **factory))
 
+        side = math.isqrt(agent_num)
         self.num_heads = num_heads
         self.agent_num = agent_num
+        self.agent_shape = (side, side) if agent_shape is None else agent_shape
         self.an_bias = table(num_heads, agent_num, TABLE, TABLE)
         self.na_bias = table(num_heads, agent_num, TABLE, TABLE)
         self.ah_bias = table(1, num_heads, agent_num, key_size[0], 1)
@@ -61,25 +66,37 @@ class Agents(nn.Module):
 
     def _agent_bias(self, size: Size) -> Tensor:
         """The bias of agents and keys of a map, `(num_heads, agents, H, W)`."""
-        table = F.interpolate(self.an_bias, size=size, mode="bilinear")
-        return table + (_stretched(self.ah_bias[0], size) + _stretched(self.aw_bias[0], size))
+        tables = (self.an_bias, self.ah_bias[0], self.aw_bias[0])
+        table, rows, columns = map(self._of_agents, tables)
+        table = F.interpolate(table, size=size, mode="bilinear")
+        return table + (_stretched(rows, size) + _stretched(columns, size))
 
     def _query_bias(self, size: Size) -> Tensor:
         """The bias of queries of a map and agents, `(num_heads, H, W, agents)`."""
         # In this memory format the result is contiguous.
-        table = self.na_bias.contiguous(memory_format=torch.channels_last)
+        table = self._of_agents(self.na_bias).contiguous(memory_format=torch.channels_last)
         table = F.interpolate(table, size=size, mode="bilinear").permute(0, 2, 3, 1)
         sides = (bias[0].permute(0, 3, 1, 2) for bias in (self.ha_bias, self.wa_bias))
+        sides = map(self._of_agents, sides)
         rows, columns = (_stretched(bias, size).permute(0, 2, 3, 1) for bias in sides)
         return table + (rows + columns)
+
+    def _of_agents(self, table: Tensor) -> Tensor:
+        """A table `(num_heads, agent_num, H, W)` for all agents, `(num_heads, agents, H, W)`."""
+        side = math.isqrt(self.agent_num)
+        if self.agent_shape == (side, side):
+            return table
+        places = table.flatten(2).transpose(1, 2).unflatten(2, (side, side))
+        places = F.interpolate(places, size=self.agent_shape, mode="bilinear")
+        return places.flatten(2).transpose(1, 2).unflatten(2, table.shape[2:])
 
     def pooled(self, x: Tensor) -> Tensor:
         """Adaptive average pooling of `(B, H, W, C)` to one token per agent, `(B, agents, C)`.
 
         As matrix products, whose gradient is the same in every run.
         """
-        side = math.isqrt(self.agent_num)
-        rows, columns = (_averages(length, side, x) for length in x.shape[1:3])
+        lengths = zip(x.shape[1:3], self.agent_shape)
+        rows, columns = (_averages(length, cells, x) for length, cells in lengths)
         pooled = columns @ x
         return (rows @ pooled.flatten(2)).unflatten(2, pooled.shape[2:]).flatten(1, 2)
 
@@ -88,7 +105,7 @@ class Agents(nn.Module):
 
         Pooling and projecting may change places: first comes what spares work.
         """
-        if self.agent_num * x.shape[-1] > x.shape[1] * x.shape[2]:
+        if math.prod(self.agent_shape) * x.shape[-1] > x.shape[1] * x.shape[2]:
             return self.pooled(query.flatten(-2))
         return F.linear(self.pooled(x), weight, bias)
 
@@ -133,6 +150,14 @@ def convolved(layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 def depthwise(dim: int, factory: dict[str, Any]) -> nn.Conv2d:
     return nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+
+
+def agents_shape(owner: str, shape: int | Size | None) -> Size | None:
+    """A map of agents, given as a side or as (H, W). Raises ValueError for one without agents."""
+    if shape is None:
+        return None
+    shape = dispatch.per_dimension(owner, "downstream_agent_shape", shape, 2)
+    return shape[0], shape[1]
 
 
 def check_numbers(owner: str, dim: int, num_heads: int, agent_num: int) -> None:
@@ -281,6 +306,9 @@ class AgentReducedAttention(Agents, Mixer, name="agent_pvt"):
         qkv_bias: biases of the query, key and value projections.
         sr_ratio: reduction R of the map that is attended to.
         agent_num: number of agents, a square.
+        downstream_agent_shape: rows and columns of agents, where they are more or fewer than the
+            `agent_num` that the biases belong to, as in the official code for detection and
+            segmentation; the biases are interpolated.
         proj_drop: dropout rate after the output projection.
 
     Raises:
@@ -293,6 +321,7 @@ class AgentReducedAttention(Agents, Mixer, name="agent_pvt"):
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 32, "num_patches": 64, "num_heads": 2, "agent_num": 9, "qkv_bias": True},
         {"dim": 24, "num_patches": 49, "num_heads": 3, "agent_num": 4, "sr_ratio": 2},
+        {"dim": 24, "num_patches": 49, "agent_num": 4, "downstream_agent_shape": (3, 4)},
     )
 
     def __init__(
@@ -304,6 +333,7 @@ class AgentReducedAttention(Agents, Mixer, name="agent_pvt"):
         qkv_bias: bool = False,
         sr_ratio: int = 1,
         agent_num: int = 49,
+        downstream_agent_shape: int | Size | None = None,
         proj_drop: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -329,7 +359,8 @@ class AgentReducedAttention(Agents, Mixer, name="agent_pvt"):
             self.sr = nn.Conv2d(dim, dim, sr_ratio, stride=sr_ratio, **factory)
             self.norm = nn.LayerNorm(dim, **factory)
         reduced = side // sr_ratio
-        self.make_agents(num_heads, agent_num, (side, side), (reduced, reduced), factory)
+        agents = agents_shape(owner, downstream_agent_shape)
+        self.make_agents(num_heads, agent_num, (side, side), (reduced, reduced), factory, agents)
 
     def mix(self, x: Tensor) -> Tensor:
         ratio, source = self.sr_ratio, x

@@ -42,8 +42,9 @@ class Pyramid(nn.Module):
 
     Args:
         stem: `stem(in_chans, dim)`, a module `(B, in_chans, H, W) -> (B, H', W', dim)`.
-        downsample: `downsample(dim_in, dim_out)`, a module that halves a channels-last map;
-            None if no stage changes width or size.
+        downsample: `downsample(dim_in, dim_out)`, a module that halves a channels-last map; one
+            for the network, or a list with one per stage, of which the first is not used. None if
+            no stage changes width or size.
         block: `block(dim, mixer, drop_path=rate, proj_drop=rate)`, a module that keeps the shape.
             One for the network, or per stage one or a list that its blocks take in turn.
         dims, depths: channels and number of blocks per stage.
@@ -53,6 +54,8 @@ class Pyramid(nn.Module):
         global_pool: "avg", "max", "avgmax", "catavgmax", or "" for the unpooled map.
         stem_stride: pixels of the image per pixel of the stem's map, along each axis.
         norm_layer: `norm_layer(dim)`, the norm before the head.
+        feature_norm: `feature_norm(dim)`, a norm of every stage's map where it is taken as a
+            feature, not on the way to the next stage, as detectors have it; None for none.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout after the projections of mixers and feed-forward networks.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
@@ -67,7 +70,7 @@ class Pyramid(nn.Module):
         self,
         *,
         stem: Callable[[int, int], nn.Module],
-        downsample: Callable[[int, int], nn.Module] | None,
+        downsample: Any,
         block: Any,
         dims: Sequence[int],
         depths: Sequence[int],
@@ -77,6 +80,7 @@ class Pyramid(nn.Module):
         global_pool: str = "avg",
         stem_stride: int = 4,
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        feature_norm: Callable[[int], nn.Module] | None = None,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -85,7 +89,14 @@ class Pyramid(nn.Module):
     ) -> None:
         super().__init__()
         blocks_of_stages = [block] * len(dims) if callable(block) else block
-        for name, value in (("depths", depths), ("mixers", mixers), ("block", blocks_of_stages)):
+        several = isinstance(downsample, Sequence)
+        downsamples = downsample if several else [downsample] * len(dims)
+        for name, value in (
+            ("depths", depths),
+            ("mixers", mixers),
+            ("block", blocks_of_stages),
+            ("downsample", downsamples),
+        ):
             if isinstance(value, str) or len(value) != len(dims):
                 raise ValueError(
                     f"Pyramid: {name}={value!r} must have one entry per stage, "
@@ -110,8 +121,9 @@ class Pyramid(nn.Module):
             stages = []
             for i, dim in enumerate(dims):
                 between = None
-                if i > 0 and downsample is not None:
-                    between = downsample(dims[i - 1], dim)
+                make_downsample = downsamples[i]
+                if i > 0 and make_downsample is not None:
+                    between = make_downsample(dims[i - 1], dim)
                     reduction *= 2
                 stage_blocks = [
                     make_block(
@@ -129,6 +141,9 @@ class Pyramid(nn.Module):
                     {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
                 )
             self.stages = nn.Sequential(*stages)
+            self.feature_norms = nn.ModuleList(
+                nn.Identity() if feature_norm is None else feature_norm(dim) for dim in dims
+            )
             self.norm = norm_layer(self.num_features)
             self.head = self._make_head(num_classes, global_pool)
             self.init_weights()
@@ -176,7 +191,7 @@ class Pyramid(nn.Module):
             else [
                 (r"^stages\.(\d+)\.downsample", (0,)),
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norm", (99999,)),
+                (r"^norm|^feature_norms", (99999,)),
             ]
         )
         return {"stem": r"^stem", "blocks": blocks}
@@ -233,7 +248,7 @@ class Pyramid(nn.Module):
         for i, stage in enumerate(stages):
             x = stage(x)
             if i in take:
-                tap = self.norm(x) if norm and i == last else x
+                tap = self.norm(x) if norm and i == last else self.feature_norms[i](x)
                 intermediates.append(tap.permute(0, 3, 1, 2) if output_fmt == "NCHW" else tap)
         if intermediates_only:
             return intermediates
@@ -251,6 +266,10 @@ class Pyramid(nn.Module):
         if prune_norm or shorter:
             self.norm = nn.Identity()  # it is made for the last stage's width
         self.stages = self.stages[: stop + 1]
+        self.feature_norms = nn.ModuleList(
+            feature_norm if i in take else nn.Identity()
+            for i, feature_norm in enumerate(self.feature_norms[: stop + 1])
+        )
         if shorter:
             self.num_features = self.feature_info[stop]["num_chs"]
         if prune_head or shorter:

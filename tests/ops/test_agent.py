@@ -92,6 +92,27 @@ def test_biases_of_another_map_are_interpolated() -> None:
     torch.testing.assert_close(mixer._agent_bias((6, 6)).shape, torch.Size((2, 4, 6, 6)))
 
 
+def test_biases_of_other_agents_are_interpolated() -> None:
+    """Tables of 3 x 3 agents serve 4 x 5, as in the official code for detection."""
+    mixer = AgentReducedAttention(
+        8, num_patches=36, num_heads=2, agent_num=9, downstream_agent_shape=(4, 5)
+    ).double()
+    sides = (mixer.ah_bias + mixer.aw_bias)[0], (mixer.ha_bias + mixer.wa_bias)[0]
+    for table, side, ours in (
+        (mixer.an_bias, sides[0], mixer._agent_bias((7, 6))),
+        (mixer.na_bias, sides[1].permute(0, 3, 1, 2), mixer._query_bias((7, 6)).movedim(-1, 1)),
+    ):
+        maps = [F.interpolate(bias, size=(7, 6), mode="bilinear") for bias in (table, side)]
+        agents = sum(maps).flatten(2).transpose(1, 2).unflatten(2, (3, 3))
+        agents = F.interpolate(agents, size=(4, 5), mode="bilinear")
+        expected = agents.flatten(2).transpose(1, 2).unflatten(2, (7, 6))
+        torch.testing.assert_close(ours, expected)
+    x = torch.randn(2, 7, 6, 8, dtype=torch.float64)
+    pooled = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), (4, 5)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(mixer.pooled(x), pooled)
+    assert mixer(x).shape == x.shape
+
+
 def test_sequence_with_a_class_token() -> None:
     mixer = AgentAttention(8, num_heads=2, agent_num=4, window=3, class_token=True)
     x = torch.randn(2, 13, 8, requires_grad=True)

@@ -69,6 +69,7 @@ class BiLevelRoutingAttention(Mixer, name="bilevel_routing"):
         diff_routing: let gradients through the affinities; needs `soft_routing`.
         param_routing: a learned projection of the region means; needs `diff_routing`.
         auto_pad: taken for the official code's sake; without it that refuses maps which this pads.
+        proj_drop: dropout rate after the output projection.
 
     Raises:
         ValueError: the arguments do not fit, or no official code defines their combination.
@@ -106,6 +107,7 @@ class BiLevelRoutingAttention(Mixer, name="bilevel_routing"):
         diff_routing: bool = False,
         param_routing: bool = False,
         auto_pad: bool = True,
+        proj_drop: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -135,6 +137,7 @@ class BiLevelRoutingAttention(Mixer, name="bilevel_routing"):
         self.lepe = _depthwise(owner, dim, side_dwconv, factory)
         self.qkv = nn.Linear(dim, 2 * self.qk_dim + dim, **factory)
         self.proj = nn.Linear(dim, dim, **factory) if param_attention == "qkvo" else None
+        self.proj_drop = nn.Dropout(proj_drop)
         self.route_embed = nn.Linear(self.qk_dim, self.qk_dim, **factory) if param_routing else None
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -194,7 +197,7 @@ class BiLevelRoutingAttention(Mixer, name="bilevel_routing"):
         output = output[:, :height, :width]
         if self.lepe is not None:
             output = output + self._enhance(self.lepe, value.flatten(3), height, width)
-        return output if self.proj is None else self.proj(output)
+        return self.proj_drop(output if self.proj is None else self.proj(output))
 
     def _enhance(self, lepe: nn.Conv2d, value: Tensor, height: int, width: int) -> Tensor:
         """The local enhancement, which sees the padding."""
@@ -245,7 +248,7 @@ class BiLevelRoutingAttentionNCHW(BiLevelRoutingAttention, name="bilevel_routing
     routed regions) + LePE(v)).
 
     Args:
-        dim, num_heads, n_win, qk_scale, topk, side_dwconv, auto_pad: as in
+        dim, num_heads, n_win, qk_scale, topk, side_dwconv, auto_pad, proj_drop: as in
             `BiLevelRoutingAttention`.
 
     Raises:
@@ -268,6 +271,7 @@ class BiLevelRoutingAttentionNCHW(BiLevelRoutingAttention, name="bilevel_routing
         topk: int = 4,
         side_dwconv: int = 3,
         auto_pad: bool = True,
+        proj_drop: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -278,6 +282,7 @@ class BiLevelRoutingAttentionNCHW(BiLevelRoutingAttention, name="bilevel_routing
             qk_scale=qk_scale,
             side_dwconv=side_dwconv,
             topk=1,
+            proj_drop=proj_drop,
             device=device,
             dtype=dtype,
         )

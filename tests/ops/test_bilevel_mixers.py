@@ -146,6 +146,17 @@ def test_nchw_grids_are_ragged_where_official_ones_are() -> None:
     assert torch.equal(small.sort(-1).values, torch.arange(2).expand(2, 2, 2))
 
 
+@pytest.mark.parametrize("name", ["bilevel_routing", "bilevel_routing_nchw"])
+def test_dropout_follows_the_projection(name) -> None:
+    torch.manual_seed(0)
+    mixer = build_mixer((name, {"num_heads": 2, "n_win": 2, "proj_drop": 0.5}), 16)
+    x = torch.randn(1, 8, 8, 16)
+    dropped, kept = mixer(x), mixer.eval()(x)
+    is_zero = dropped == 0
+    assert 0.3 < is_zero.float().mean() < 0.7
+    torch.testing.assert_close(dropped[~is_zero], 2 * kept[~is_zero])
+
+
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [

@@ -191,3 +191,20 @@ def test_vit_rpb_is_dense_attention_with_relative_bias():
     weights = F.softmax(query @ key.transpose(1, 2) * 32**-0.5 + bias, dim=-1)
     want = mixer.proj((weights @ value).transpose(0, 1).reshape(1, 14, 14, 384))
     torch.testing.assert_close(mixer(x), want, rtol=1e-10, atol=1e-10)
+
+
+def test_features_may_have_norms_of_their_own():
+    plain, normed = _pyramid(), _pyramid(feature_norm=nn.LayerNorm)
+    for norm in normed.feature_norms:
+        nn.init.normal_(norm.bias)
+    normed.load_state_dict(plain.state_dict(), strict=False)
+    images = torch.randn(1, 3, 32, 40)
+    maps = plain.forward_intermediates(images, output_fmt="NHWC", intermediates_only=True)
+    final, taps = normed.forward_intermediates(images, output_fmt="NHWC")
+    for norm, have, stage in zip(normed.feature_norms, taps, maps, strict=True):
+        assert torch.equal(have, norm(stage))
+    assert torch.equal(final, plain.forward_features(images))
+    normed.prune_intermediate_layers([1])
+    assert {name for name, _ in normed.feature_norms.named_parameters()} == {"1.weight", "1.bias"}
+    (tap,) = normed.forward_intermediates(images, [1], output_fmt="NHWC", intermediates_only=True)
+    assert torch.equal(tap, taps[1])

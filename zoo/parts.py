@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from timm.layers import DropPath, LayerScale, Mlp, PatchEmbed
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerScale, Mlp, PatchEmbed, register_notrace_module
 from torch import Tensor, nn
 
 
@@ -52,6 +53,36 @@ def patch_stem(in_chans: int, dim: int, patch_size: int = 4) -> PatchEmbed:
         output_fmt="NHWC",
         dynamic_img_pad=True,
     )
+
+
+class PatchConv(nn.Conv2d):
+    """A convolution of patches that do not overlap, of channels-last maps to such maps.
+
+    What is left over at the right and bottom and fills no patch is not seen, as in the official
+    code of the families here; a side shorter than one patch is padded with zeros to one.
+
+    Args:
+        dim_in, dim_out: channels before and after.
+        patch_size: side of a patch.
+    """
+
+    def __init__(self, dim_in: int, dim_out: int, patch_size: int = 2) -> None:
+        super().__init__(dim_in, dim_out, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lack = [max(0, p - length) for p, length in zip(self.kernel_size, x.shape[1:3])]
+        x = F.pad(x, (0, 0, 0, lack[1], 0, lack[0])) if any(lack) else x
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+register_notrace_module(PatchConv)  # its size arithmetic is Python
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation of the channels of a channels-last map."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class Block(nn.Module):

@@ -21,23 +21,33 @@ StageMixers = Any  # a mixer spec, or a list of them that the blocks of the stag
 
 
 class Stage(nn.Module):
-    """A downsampler (or none) and a sequence of blocks: `(B, H, W, C_in) -> (B, H', W', C)`."""
+    """A downsampler, a sequence of blocks and a norm: `(B, H, W, C_in) -> (B, H', W', C)`.
 
-    def __init__(self, downsample: nn.Module | None, blocks: Sequence[nn.Module]) -> None:
+    There may be no downsampler and no norm.
+    """
+
+    def __init__(
+        self,
+        downsample: nn.Module | None,
+        blocks: Sequence[nn.Module],
+        norm: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.downsample = nn.Identity() if downsample is None else downsample
         self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.Identity() if norm is None else norm
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
-        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        return self.norm(x)
 
 
 class Pyramid(nn.Module):
     """A stem, stages of blocks with a downsampler before all but the first, a norm and a head.
 
-    Feature extraction sees one map per stage, taken after its blocks and before the next
+    Feature extraction sees one map per stage, taken after its blocks and norm and before the next
     downsampler. An isotropic network is a pyramid whose stages are single blocks of one width.
 
     Args:
@@ -54,6 +64,8 @@ class Pyramid(nn.Module):
         global_pool: "avg", "max", "avgmax", "catavgmax", or "" for the unpooled map.
         stem_stride: pixels of the image per pixel of the stem's map, along each axis.
         norm_layer: `norm_layer(dim)`, the norm before the head.
+        stage_norm: `stage_norm(dim)`, a norm at the end of every stage, on the way to the next;
+            None for none.
         feature_norm: `feature_norm(dim)`, a norm of every stage's map where it is taken as a
             feature, not on the way to the next stage, as detectors have it; None for none.
         drop_rate: dropout before the classifier.
@@ -80,6 +92,7 @@ class Pyramid(nn.Module):
         global_pool: str = "avg",
         stem_stride: int = 4,
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        stage_norm: Callable[[int], nn.Module] | None = None,
         feature_norm: Callable[[int], nn.Module] | None = None,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
@@ -116,7 +129,7 @@ class Pyramid(nn.Module):
         reduction = stem_stride
         # Inside the context every layer is made on `device`, also those of timm versions whose
         # layers take no device argument.
-        with _factory_device(device):
+        with factory_device(device):
             self.stem = stem(in_chans, dims[0])
             stages = []
             for i, dim in enumerate(dims):
@@ -136,7 +149,9 @@ class Pyramid(nn.Module):
                         _in_turn(blocks_of_stages[i], depths[i]), _in_turn(mixers[i], depths[i])
                     )
                 ]
-                stages.append(Stage(between, stage_blocks))
+                stages.append(
+                    Stage(between, stage_blocks, None if stage_norm is None else stage_norm(dim))
+                )
                 self.feature_info.append(
                     {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
                 )
@@ -169,7 +184,7 @@ class Pyramid(nn.Module):
         Linear layers: truncated normal of standard deviation 0.02 and zero bias, as in the papers
         of the families here. Every other module: its own `reset_parameters`.
         """
-        self.apply(_init_module)
+        self.apply(init_module)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay must leave alone.
@@ -191,6 +206,7 @@ class Pyramid(nn.Module):
             else [
                 (r"^stages\.(\d+)\.downsample", (0,)),
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^stages\.(\d+)\.norm", (99999,)),
                 (r"^norm|^feature_norms", (99999,)),
             ]
         )
@@ -210,9 +226,9 @@ class Pyramid(nn.Module):
             global_pool = self.head.global_pool.pool_type
         like = next(self.parameters())
         self.num_classes = num_classes
-        with _factory_device(like.device):
+        with factory_device(like.device):
             head = self._make_head(num_classes, global_pool)
-            head.apply(_init_module)
+            head.apply(init_module)
         self.head = head.to(like.dtype).train(self.training)
         self.head_hidden_size = self._pooled_features()
 
@@ -290,7 +306,8 @@ class Pyramid(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _factory_device(device: torch.device | str | None) -> contextlib.AbstractContextManager[Any]:
+def factory_device(device: torch.device | str | None) -> contextlib.AbstractContextManager[Any]:
+    """Within it, layers of timm versions without a `device` argument are made on `device` too."""
     return contextlib.nullcontext() if device is None else torch.device(device)
 
 
@@ -316,7 +333,8 @@ def _make_mixer(spec: Any, dim: int, proj_drop: float) -> Mixer | None:
     return mixer
 
 
-def _init_module(module: nn.Module) -> None:
+def init_module(module: nn.Module) -> None:
+    """Draw a module's own parameters anew, see `Pyramid.init_weights`."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models._manipulate import group_parameters
 from torch import nn
 
 from vitarium.zoo import Pyramid, list_models, nat
@@ -208,3 +209,23 @@ def test_features_may_have_norms_of_their_own():
     assert {name for name, _ in normed.feature_norms.named_parameters()} == {"1.weight", "1.bias"}
     (tap,) = normed.forward_intermediates(images, [1], output_fmt="NHWC", intermediates_only=True)
     assert torch.equal(tap, taps[1])
+
+
+def test_stages_may_end_with_a_norm_that_the_next_one_sees():
+    model = _pyramid(stage_norm=nn.LayerNorm, norm_layer=nn.Identity)
+    for stage in model.stages:
+        nn.init.normal_(stage.norm.bias)
+    images = torch.randn(1, 3, 32, 40)
+    first = model.stages[0].norm(model.stages[0].blocks(model.stem(images)))
+    second = model.stages[1].norm(model.stages[1].blocks(model.stages[1].downsample(first)))
+    final, taps = model.forward_intermediates(images, output_fmt="NHWC")
+    assert torch.equal(taps[0], first)
+    assert torch.equal(taps[1], second)
+    assert torch.equal(final, second)
+    groups = group_parameters(model, model.group_matcher(), reverse=True)
+    last_of_first = groups["stages.0.blocks.2.norm1.weight"]
+    assert (
+        groups["stages.0.norm.weight"] == last_of_first < groups["stages.1.downsample.norm.weight"]
+    )
+    model.prune_intermediate_layers([0])
+    assert torch.equal(model.forward_features(images), first)

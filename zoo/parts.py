@@ -96,6 +96,7 @@ class Block(nn.Module):
         drop_path: rate of stochastic depth.
         proj_drop: dropout rate in the feed-forward network.
         norm_layer: `norm_layer(dim)`, both norms.
+        mlp_layer: `mlp_layer(dim, hidden, drop=rate)`, the feed-forward network, of the map.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         proj_drop: float = 0.0,
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        mlp_layer: Callable[..., nn.Module] = Mlp,
     ) -> None:
         super().__init__()
         self.norm1 = norm_layer(dim)
@@ -115,7 +117,7 @@ class Block(nn.Module):
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+        self.mlp = mlp_layer(dim, int(dim * mlp_ratio), drop=proj_drop)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 

@@ -179,8 +179,8 @@ class AgentAttention(Agents, Mixer, name="agent"):
     with dwc a depthwise 3 x 3 convolution of the map. Cost for N tokens and n agents: 4 N C^2 for
     the projections, 4 N n C of the attention and 9 N C, in multiply-adds.
 
-    A sequence that begins with a class token, as in Agent-DeiT, goes through `sequence`: that token
-    attends and is attended to with biases of its own, but is neither pooled nor convolved.
+    A sequence that begins with a class token, as in Agent-DeiT, goes through `mix_tokens`: that
+    token attends and is attended to with biases of its own, but is neither pooled nor convolved.
 
     Args:
         dim: number of channels C.
@@ -240,7 +240,7 @@ class AgentAttention(Agents, Mixer, name="agent"):
         output = output + convolved(self.dwc, value.flatten(-2))
         return self.proj_drop(self.proj(output))
 
-    def sequence(self, x: Tensor, size: Size | None = None) -> Tensor:
+    def mix_tokens(self, x: Tensor, size: Size | None = None) -> Tensor:
         """Agent attention of a class token and of the tokens of a map, as in Agent-DeiT.
 
         Args:
@@ -254,7 +254,7 @@ class AgentAttention(Agents, Mixer, name="agent"):
             ValueError: the mixer was built without `class_token`, or x is of another shape.
         """
         if not self.class_token:
-            raise ValueError("AgentAttention: sequence needs a mixer with class_token=True")
+            raise ValueError("AgentAttention: mix_tokens needs a mixer with class_token=True")
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ValueError(
                 f"AgentAttention: x has shape {tuple(x.shape)}; allowed is (B, 1 + H * W, "

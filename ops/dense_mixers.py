@@ -118,6 +118,10 @@ class MultiHeadAttention(Mixer, name="attention"):
         output = self._attend(x, query, key, value, is_causal=self.is_causal)
         return self.proj_drop(self.proj(output.flatten(-2)))
 
+    def mix_tokens(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """As `forward`, for tokens `(B, N, C)`; the size of their map does not matter."""
+        return self(x[:, None])[:, 0]
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Some official code has queries apart from keys and values.
         for kind in ("weight", "bias"):

@@ -116,17 +116,17 @@ def test_biases_of_other_agents_are_interpolated() -> None:
 def test_sequence_with_a_class_token() -> None:
     mixer = AgentAttention(8, num_heads=2, agent_num=4, window=3, class_token=True)
     x = torch.randn(2, 13, 8, requires_grad=True)
-    output = mixer.sequence(x, (3, 4))
+    output = mixer.mix_tokens(x, (3, 4))
     assert output.shape == x.shape
     output.square().sum().backward()
     for name, parameter in mixer.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     with pytest.raises(ValueError, match=r"size=\(3, 3\) is not that of 12 tokens"):
-        mixer.sequence(x)
+        mixer.mix_tokens(x)
     with pytest.raises(ValueError, match="x has shape"):
-        mixer.sequence(x[..., :4], (3, 4))
+        mixer.mix_tokens(x[..., :4], (3, 4))
     with pytest.raises(ValueError, match="class_token=True"):
-        AgentAttention(8, num_heads=2, agent_num=4).sequence(x, (3, 4))
+        AgentAttention(8, num_heads=2, agent_num=4).mix_tokens(x, (3, 4))
 
 
 @pytest.mark.parametrize(

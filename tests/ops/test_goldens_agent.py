@@ -51,7 +51,7 @@ def _build(golden: dict[str, Any], form: str, parity: Any) -> torch.nn.Module:
 def _run(module: torch.nn.Module, form: str, x: Tensor, window: tuple[int, int] | None) -> Tensor:
     """The output for tokens `(B, N, C)`, as tokens."""
     if form == "deit":
-        return module.sequence(x)
+        return module.mix_tokens(x)
     size = window if form == "swin" else (math.isqrt(x.shape[1]),) * 2
     if form == "cswin":
         three = (part.unflatten(1, size) for part in (x, x.roll(1, 1), x.roll(2, 1)))

@@ -1,6 +1,6 @@
 """Backbones as timm models; importing this package registers them all with timm."""
 
-from vitarium.zoo import biformer, flowformer, nano, nat
+from vitarium.zoo import biformer, flowformer, litv2, nano, nat
 from vitarium.zoo.checkpoint import CheckpointReport, load_checkpoint
 from vitarium.zoo.pyramid import Pyramid
 from vitarium.zoo.registry import Published, list_models, published
@@ -12,6 +12,7 @@ __all__ = [
     "biformer",
     "flowformer",
     "list_models",
+    "litv2",
     "load_checkpoint",
     "nano",
     "nat",

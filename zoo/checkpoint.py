@@ -97,6 +97,13 @@ def load_checkpoint(
     )
 
 
+def backbone_entries(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of the state dict of a detector or segmenter, the backbone's; any other as it is."""
+    prefix = "backbone."
+    found = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+    return found or dict(state_dict)
+
+
 def _read(source: Any) -> tuple[str, Any]:
     """Name and content of a file, an address or a mapping."""
     if isinstance(source, Mapping):

@@ -27,8 +27,9 @@ def _resized(table: Tensor, size: tuple[int, int]) -> Tensor:
     """A table of position embeddings, `(1, H, W, C)`, interpolated to another size of map."""
     if tuple(table.shape[1:3]) == size:
         return table
-    table = table.permute(0, 3, 1, 2)
-    return F.interpolate(table, size, mode="bicubic", antialias=True).permute(0, 2, 3, 1)
+    exact = table.to(torch.promote_types(table.dtype, torch.float32))  # CPUs have no kernel below
+    resized = F.interpolate(exact.permute(0, 3, 1, 2), size, mode="bicubic", antialias=True)
+    return resized.permute(0, 2, 3, 1).to(table.dtype)
 
 
 class PositionStem(nn.Module):

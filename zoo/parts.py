@@ -75,14 +75,15 @@ class PatchConv(nn.Conv2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-register_notrace_module(PatchConv)  # its size arithmetic is Python
-
-
 class BatchNorm(nn.BatchNorm2d):
     """Batch normalisation of the channels of a channels-last map."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+for _part in (PatchConv, BatchNorm):
+    register_notrace_module(_part)  # one node to torch.fx: it looks at sizes in Python
 
 
 class Block(nn.Module):

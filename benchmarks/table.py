@@ -120,10 +120,10 @@ def _row(mixers: str, family: str, names: list[str]) -> tuple[str, ...]:
     papers = dict.fromkeys(paper for name in names for paper in _papers(name))
     published = [figures for name in names if (figures := zoo.published(name)) is not None]
     params = [figures.params_M for figures in published]
-    gflops = [figures.gflops for figures in published]
-    if not published:
+    gflops = [figures.gflops for figures in published if figures.gflops is not None]
+    if not gflops:
         counts = [flops.count(name) for name in names]
-        params = [count.params / 1e6 for count in counts]
+        params = params or [count.params / 1e6 for count in counts]
         gflops = [count.macs / 1e9 for count in counts]
     return (
         mixers,

@@ -60,10 +60,10 @@ def _figures(name: str, model: nn.Module) -> Table:
     published = zoo.published(name) if ours else None
     if published is not None:
         top1 = f", top-1 {published.top1} %" if published.top1 is not None else ""
+        gflops = f"{published.gflops:g} GFLOPs" if published.gflops is not None else "no GFLOPs"
         table.add_row(
             "published",
-            f"{published.params_M:g} M params, {published.gflops:g} GFLOPs at "
-            f"{published.resolution} pixels{top1}",
+            f"{published.params_M:g} M params, {gflops} at {published.resolution} pixels{top1}",
         )
     return table
 

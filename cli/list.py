@@ -84,7 +84,7 @@ def model_list(pattern: str = "") -> Table:
 def _figures(tagged: str) -> tuple[str, ...]:
     """Published figures where there are, counted ones where not."""
     cfg, published = flops.pretrained_cfg(tagged), zoo.published(tagged)
-    if published is not None:
+    if published is not None and published.gflops is not None:
         params, gflops = f"{published.params_M:g}", f"{published.gflops:g}"
     else:
         counts = count(tagged)

@@ -27,7 +27,7 @@ NAME = "agent_attention"
 # Scores of a call up to which ordinary operations are as fast as any, in inference and in training,
 # there in half precision and not.
 SMALL = 1 << 18
-SMALL_TRAINING = (1 << 20, 1 << 19)
+SMALL_TRAINING = (1 << 22, 1 << 20)
 
 Shape = Sequence[int]
 

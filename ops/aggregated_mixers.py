@@ -106,6 +106,8 @@ class AggregatedAttention(Mixer, name="aggregated"):
         pretrain_size: map that distances are relative to, an int or (H, W): the one that the
             weights were trained on. `input_resolution` if None, else the map at hand.
         input_resolution: map that the official code is built for; any map is taken.
+        is_extrapolation: compute the bias of every map; if false, that of other maps is
+            interpolated from the one of `input_resolution`, as in the official code for detection.
         proj_drop: dropout rate after the output projection.
 
     Raises:
@@ -140,6 +142,7 @@ class AggregatedAttention(Mixer, name="aggregated"):
         fixed_pool_size: int | Size | None = None,
         pretrain_size: int | Size | None = None,
         input_resolution: int | Size | None = None,
+        is_extrapolation: bool = True,
         proj_drop: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -162,6 +165,9 @@ class AggregatedAttention(Mixer, name="aggregated"):
         self.fixed_pool_size = pair("fixed_pool_size", fixed_pool_size)
         input_size = pair("input_resolution", input_resolution)
         self.pretrain_size = pair("pretrain_size", pretrain_size) or input_size
+        if input_size is None and not is_extrapolation:
+            raise ValueError(f"{owner}: is_extrapolation=False needs input_resolution")
+        self.bias_size = None if is_extrapolation else input_size
         head_dim, window = dim // num_heads, window_size**2
         factory = {"device": device, "dtype": dtype}
         self.temperature = nn.Parameter(torch.empty(num_heads, 1, 1, **factory))
@@ -186,6 +192,8 @@ class AggregatedAttention(Mixer, name="aggregated"):
         nn.init.trunc_normal_(self.relative_pos_bias_local, std=0.0004)
         nn.init.trunc_normal_(self.learnable_tokens, std=0.02)
         nn.init.zeros_(self.learnable_bias)
+        nn.init.normal_(self.sr.weight, std=math.sqrt(2 / self.dim))  # a convolution's, by fan-out
+        nn.init.zeros_(self.sr.bias)
 
     def _pooled_size(self, height: int, width: int) -> Size:
         if self.fixed_pool_size is not None:
@@ -231,7 +239,12 @@ class AggregatedAttention(Mixer, name="aggregated"):
             self.window_size,
             bias=self.relative_pos_bias_local,
             pooled_bias=continuous_position_bias(
-                self.cpb_fc1, self.cpb_fc2, (height, width), pooled_size, self.pretrain_size
+                self.cpb_fc1,
+                self.cpb_fc2,
+                (height, width),
+                pooled_size,
+                self.pretrain_size,
+                of=self.bias_size and (self.bias_size, self._pooled_size(*self.bias_size)),
             ),
             window_weights=window_weights.to(dtype),
             scale=1.0,

@@ -75,8 +75,9 @@ class LongShortDistanceAttention(WindowAttention, name="long_short_distance"):
     as the map has over `interval^2`.
 
     Where the shorter side of the map is at most `group_size`, it becomes the group size and groups
-    are of near tokens. CrossFormer++ varies `group_size` and `interval` from block to block; its
-    cooling layer is a part of the block, not of the attention.
+    are of near tokens; in dense prediction, the whole map becomes one group. CrossFormer++ varies
+    `group_size` and `interval` from block to block; its cooling layer is a part of the block, not
+    of the attention.
 
     Args:
         dim, num_heads, qkv_bias, qk_scale, proj_drop: as in `WindowAttention`.
@@ -88,7 +89,10 @@ class LongShortDistanceAttention(WindowAttention, name="long_short_distance"):
         pad_type: where a map is padded to a multiple of the group: 0 at the bottom and right, 1 on
             all sides.
         no_mask: attend to the padding, zeros before the projection.
-        adaptive_interval: I is the map's height over G, rounded up.
+        adaptive_interval: I is the map's height over G, rounded up; in dense prediction, the
+            longer side over G.
+        dense_prediction: as the official code for detection and segmentation, which differs from
+            that for classification on maps that are not square.
 
     Raises:
         ValueError: a size, flag or width is impossible; the message says which.
@@ -106,6 +110,7 @@ class LongShortDistanceAttention(WindowAttention, name="long_short_distance"):
         {"dim": 32, "num_heads": 4, "group_size": 3, "interval": 3, "lsda_flag": 1, "pad_type": 1},
         {"dim": 32, "num_heads": 2, "group_size": 4, "lsda_flag": 1, "adaptive_interval": True,
          "no_mask": True},
+        {"dim": 32, "num_heads": 2, "group_size": 6, "dense_prediction": True},
     )  # fmt: skip
 
     def __init__(
@@ -123,6 +128,7 @@ class LongShortDistanceAttention(WindowAttention, name="long_short_distance"):
         pad_type: int = 0,
         no_mask: bool = False,
         adaptive_interval: bool = False,
+        dense_prediction: bool = False,
         proj_drop: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -150,6 +156,7 @@ class LongShortDistanceAttention(WindowAttention, name="long_short_distance"):
         self.pad_type = pad_type
         self.no_mask = no_mask
         self.adaptive_interval = adaptive_interval
+        self.dense_prediction = dense_prediction
         self.pos = (
             DynamicPositionBias(dim // 4, num_heads, residual, **factory) if position_bias else None
         )
@@ -157,11 +164,13 @@ class LongShortDistanceAttention(WindowAttention, name="long_short_distance"):
     def layout(self, height: int, width: int) -> Layout:
         group, dilation = self.window_size, (1, 1)
         if self.square and min(height, width) <= group[0]:
-            group = (min(height, width),) * 2
+            # The official code for dense prediction pads the map to a square and hides the rest.
+            group = (height, width) if self.dense_prediction else (min(height, width),) * 2
         elif self.lsda_flag:
             interval = self.interval
             if self.adaptive_interval:
-                interval = (height + group[0] - 1) // group[0]
+                side = max(height, width) if self.dense_prediction else height
+                interval = (side + group[0] - 1) // group[0]
             dilation = (interval, interval)
         sizes = list(zip((height, width), group, dilation))
         lack = [-length % (size * step) for length, size, step in sizes]

@@ -156,6 +156,8 @@ class LengthScaledCosineAttention(Mixer, name="length_scaled_cosine"):
         pretrain_size: map that distances are relative to, an int or (H, W): the one that the
             weights were trained on. `input_resolution` if None, else the map at hand.
         input_resolution: map that the official code is built for; any map is taken.
+        is_extrapolation: compute the bias of every map; if false, that of other maps is
+            interpolated from the one of `input_resolution`, as in the official code for detection.
         proj_drop: dropout rate after the output projection.
 
     Raises:
@@ -185,6 +187,7 @@ class LengthScaledCosineAttention(Mixer, name="length_scaled_cosine"):
         qkv_bias: bool = True,
         pretrain_size: int | Size | None = None,
         input_resolution: int | Size | None = None,
+        is_extrapolation: bool = True,
         proj_drop: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -198,6 +201,9 @@ class LengthScaledCosineAttention(Mixer, name="length_scaled_cosine"):
             dispatch.per_dimension(owner, name, size, 2) for name, size in sizes if size is not None
         ]
         self.pretrain_size: Size | None = given[0] if given else None
+        if input_resolution is None and not is_extrapolation:
+            raise ValueError(f"{owner}: is_extrapolation=False needs input_resolution")
+        self.bias_size: Size | None = None if is_extrapolation else given[-1]
         self.num_heads = num_heads
         factory = {"device": device, "dtype": dtype}
         self.temperature = nn.Parameter(torch.empty(num_heads, 1, 1, **factory))
@@ -226,7 +232,14 @@ class LengthScaledCosineAttention(Mixer, name="length_scaled_cosine"):
         length_scale = F.softplus(self.temperature) * math.log(size[0] * size[1])
         query = (F.normalize(query, dim=-1) + self.query_embedding[:, 0]) * length_scale[:, 0]
         key = F.normalize(key, dim=-1)
-        bias = continuous_position_bias(self.cpb_fc1, self.cpb_fc2, size, size, self.pretrain_size)
+        bias = continuous_position_bias(
+            self.cpb_fc1,
+            self.cpb_fc2,
+            size,
+            size,
+            self.pretrain_size,
+            of=self.bias_size and (self.bias_size, self.bias_size),
+        )
         output = self._attend(x, query.to(key.dtype), key, value, bias=bias, scale=1.0)
         return self.proj_drop(self.proj(output.flatten(-2)))
 
@@ -273,8 +286,8 @@ class MixtureOfHeadAttention(_Routed, LengthScaledCosineAttention, name="mixture
     the attention, in multiply-adds.
 
     Args:
-        dim, num_heads, qkv_bias, pretrain_size, input_resolution, proj_drop: as in
-            `LengthScaledCosineAttention`.
+        dim, num_heads, qkv_bias, pretrain_size, input_resolution, is_extrapolation, proj_drop: as
+            in `LengthScaledCosineAttention`.
         shared_head, routed_head: as in `HeadRouter`.
 
     Attributes:

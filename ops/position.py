@@ -136,6 +136,7 @@ def continuous_position_bias(
     query_size: Size,
     key_size: Size,
     pretrain_size: Size | None = None,
+    of: tuple[Size, Size] | None = None,
 ) -> Tensor:
     """Bias `(num_heads, N, M)` that two layers make of `relative_coordinates`.
 
@@ -143,8 +144,22 @@ def continuous_position_bias(
         fc1: from the 2 coordinates to the hidden units, a ReLU after it.
         fc2: from them to num_heads.
         query_size, key_size, pretrain_size: as in `relative_coordinates`.
+        of: sizes of queries and keys whose bias is computed, and interpolated bilinearly to
+            `query_size` and `key_size`; the same if None.
     """
-    index, table = relative_coordinates(query_size, key_size, pretrain_size, fc1.weight.device)
+    found = of or (query_size, key_size)
+    index, table = relative_coordinates(*found, pretrain_size, fc1.weight.device)
     entries = _two_layers(fc1, fc2, table.to(fc1.weight.dtype))
     # A look-up whose derivative is a sum over rows, unlike that of indexing.
-    return F.embedding(index, entries).permute(2, 0, 1)
+    bias = F.embedding(index, entries).permute(2, 0, 1)
+    if found[1] != key_size:
+        bias = _resized(bias, found[1], key_size)
+    if found[0] != query_size:
+        bias = _resized(bias.mT, found[0], query_size).mT
+    return bias
+
+
+def _resized(bias: Tensor, size: Size, wanted: Size) -> Tensor:
+    """`(num_heads, N, tokens of size)`, bilinearly interpolated to `(..., tokens of wanted)`."""
+    maps = bias.unflatten(-1, size)
+    return F.interpolate(maps, size=wanted, mode="bilinear", align_corners=False).flatten(-2)

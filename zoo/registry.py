@@ -21,13 +21,13 @@ class Published:
     Attributes:
         top1: ImageNet-1K validation accuracy in percent; None if not stated.
         params_M: parameters in millions.
-        gflops: billions of multiply-adds of one image.
+        gflops: billions of multiply-adds of one image; None if not stated.
         resolution: height and width of that image.
     """
 
     top1: float | None
     params_M: float
-    gflops: float
+    gflops: float | None
     resolution: int
 
 

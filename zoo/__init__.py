@@ -1,6 +1,6 @@
 """Backbones as timm models; importing this package registers them all with timm."""
 
-from vitarium.zoo import biformer, flowformer, litv2, nano, nat
+from vitarium.zoo import biformer, crossformer, flowformer, litv2, moh, nano, nat, transnext
 from vitarium.zoo.checkpoint import CheckpointReport, load_checkpoint
 from vitarium.zoo.pyramid import Pyramid
 from vitarium.zoo.registry import Published, list_models, published
@@ -10,11 +10,14 @@ __all__ = [
     "Published",
     "Pyramid",
     "biformer",
+    "crossformer",
     "flowformer",
     "list_models",
     "litv2",
     "load_checkpoint",
+    "moh",
     "nano",
     "nat",
     "published",
+    "transnext",
 ]

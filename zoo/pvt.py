@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
-from vitarium.zoo.parts import Block
+from vitarium.zoo.parts import Block, PatchConv
 from vitarium.zoo.pyramid import Pyramid
 
 _PATCH_SIZE = 4  # pixels per patch of the stem; every later stage has patches of 2 x 2
@@ -24,22 +24,20 @@ _PATCH_SIZE = 4  # pixels per patch of the stem; every later stage has patches o
 class Patches(nn.Module):
     """Patches that do not overlap, a norm, and a position embedding that is learned.
 
-    Pixels at the bottom and right that fill no patch are left out, as in the official code; a map
-    smaller than a patch is padded with zeros. The embedding belongs to a square map and is
-    interpolated to any other, bilinearly as in the official code.
+    The embedding belongs to a square map and is interpolated to any other, bilinearly as in the
+    official code.
 
     Args:
-        in_chans, dim: channels of the image or map; channels of the patches.
-        patch_size: pixels per patch along each axis.
+        dim_in, dim_out: channels of the map before and after.
+        patch_size: side of a patch.
         map_size: side of the map of patches that the embedding belongs to.
     """
 
-    def __init__(self, in_chans: int, dim: int, *, patch_size: int, map_size: int) -> None:
+    def __init__(self, dim_in: int, dim_out: int, *, patch_size: int = 2, map_size: int) -> None:
         super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
-        self.norm = nn.LayerNorm(dim)
-        self.pos_embed = nn.Parameter(torch.empty(1, map_size, map_size, dim))
+        self.proj = PatchConv(dim_in, dim_out, patch_size)
+        self.norm = nn.LayerNorm(dim_out)
+        self.pos_embed = nn.Parameter(torch.empty(1, map_size, map_size, dim_out))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -54,16 +52,13 @@ class Patches(nn.Module):
         return F.interpolate(table, size=(height, width), mode="bilinear").permute(0, 2, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The map `(B, H', W', dim)` of `(B, in_chans, H, W)`."""
-        below, right = (max(0, self.patch_size - length) for length in x.shape[2:])
-        if below or right:
-            x = F.pad(x, (0, right, 0, below))
-        x = self.norm(self.proj(x).permute(0, 2, 3, 1))
+        """`(B, H', W', dim_out)` of a map `(B, H, W, dim_in)`."""
+        x = self.norm(self.proj(x))
         return x + self.embedding(x.shape[1], x.shape[2])
 
 
 class Stem(Patches):
-    """Patches of the image."""
+    """Patches of the image, `(B, C, H, W) -> NHWC`."""
 
     def embedding(self, height: int, width: int) -> Tensor:
         # The official code tells maps by their number of patches: another map with as many gets
@@ -72,18 +67,11 @@ class Stem(Patches):
             return self.pos_embed.view(1, height, width, -1)
         return super().embedding(height, width)
 
-
-class PatchDownsample(Patches):
-    """Patches of 2 x 2 tokens of a map `(B, H, W, C)`."""
-
-    def __init__(self, dim_in: int, dim_out: int, *, map_size: int) -> None:
-        super().__init__(dim_in, dim_out, patch_size=2, map_size=map_size)
-
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2))
+        return super().forward(x.permute(0, 2, 3, 1))
 
 
-for _part in (Stem, PatchDownsample):
+for _part in (Stem, Patches):
     register_notrace_module(_part)  # one node to torch.fx: its size arithmetic is Python
 
 
@@ -116,7 +104,7 @@ def pvt(
     first, *sizes = map_sizes(img_size, len(depths))
     arguments = {
         "stem": partial(Stem, patch_size=_PATCH_SIZE, map_size=first),
-        "downsample": [None, *(partial(PatchDownsample, map_size=size) for size in sizes)],
+        "downsample": [None, *(partial(Patches, map_size=size) for size in sizes)],
         "block": [partial(Block, mlp_ratio=ratio, norm_layer=norm) for ratio in mlp_ratios],
         "norm_layer": nn.Identity,
         "stem_stride": _PATCH_SIZE,

@@ -20,6 +20,7 @@ from vitarium.ops.cascaded_group import CascadedGroupAttention
 from vitarium.ops.catanet import OverlappingPatchAttention, TokenAggregationAttention
 from vitarium.ops.causal_linear import causal_linear_attention, causal_linear_step
 from vitarium.ops.channel import ChannelAttention, ChannelAttentionV2, channel_attention
+from vitarium.ops.cross_shaped import CrossShapedAttention
 from vitarium.ops.crossformer import DynamicPositionBias, LongShortDistanceAttention
 from vitarium.ops.dense_mixers import (
     LengthScaledCosineAttention,
@@ -86,6 +87,7 @@ __all__ = [
     "Case",
     "ChannelAttention",
     "ChannelAttentionV2",
+    "CrossShapedAttention",
     "CrossShapedInLineAttention",
     "DiscAttention",
     "DynamicPositionBias",

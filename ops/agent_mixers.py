@@ -190,6 +190,9 @@ class AgentAttention(Agents, Mixer, name="agent"):
         window: the map that the biases of rows and columns belong to, a side or (H, W); on maps of
             other sizes they are interpolated.
         class_token: whether there are biases of a class token, `ac_bias` and `ca_bias`.
+        downstream_agent_shape: rows and columns of agents, where they are more or fewer than the
+            `agent_num` that the biases belong to, as in the official code for detection and
+            segmentation; the biases are interpolated. Not together with `class_token`.
         proj_drop: dropout rate after the output projection.
 
     Raises:
@@ -201,6 +204,7 @@ class AgentAttention(Agents, Mixer, name="agent"):
     operator = NAME
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 32, "num_heads": 2, "agent_num": 9, "window": 7},
+        {"dim": 24, "agent_num": 4, "window": 5, "downstream_agent_shape": (3, 4)},
     )
 
     def __init__(
@@ -212,6 +216,7 @@ class AgentAttention(Agents, Mixer, name="agent"):
         agent_num: int = 49,
         window: int | Size = 14,
         class_token: bool = False,
+        downstream_agent_shape: int | Size | None = None,
         proj_drop: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -228,7 +233,13 @@ class AgentAttention(Agents, Mixer, name="agent"):
         if class_token:
             self.ac_bias = nn.Parameter(torch.empty(1, num_heads, agent_num, 1, **factory))
             self.ca_bias = nn.Parameter(torch.empty(1, num_heads, 1, agent_num, **factory))
-        self.make_agents(num_heads, agent_num, size, size, factory)
+        agents = agents_shape("AgentAttention", downstream_agent_shape)
+        if class_token and agents is not None:
+            raise ValueError(
+                f"AgentAttention: downstream_agent_shape={downstream_agent_shape!r} is not defined "
+                "with class_token=True"
+            )
+        self.make_agents(num_heads, agent_num, size, size, factory, agents)
 
     def _agents(self, x: Tensor, query: Tensor) -> Tensor:
         bias = None if self.qkv.bias is None else self.qkv.bias[: self.dim]

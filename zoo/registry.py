@@ -43,7 +43,7 @@ def register_family(
     checkpoint_filter_fn: CheckpointFilter,
     out_indices: Sequence[int] = (0, 1, 2, 3),
 ) -> None:
-    """Register one timm entry point per variant of a family.
+    """Register one timm entry point per variant of a family, or of a part of it: call it per part.
 
     Args:
         module: name of the module that defines the family; its last part is timm's module name.
@@ -55,7 +55,8 @@ def register_family(
         out_indices: stages that `features_only=True` returns unless told otherwise.
     """
     namespace = sys.modules[module]
-    namespace.default_cfgs = generate_default_cfgs({k: dict(v) for k, v in default_cfgs.items()})
+    configurations = generate_default_cfgs({k: dict(v) for k, v in default_cfgs.items()})
+    namespace.default_cfgs = {**getattr(namespace, "default_cfgs", {}), **configurations}
     _PUBLISHED.update(published)
 
     def entry_point(name: str, build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:

@@ -1,6 +1,17 @@
 """Backbones as timm models; importing this package registers them all with timm."""
 
-from vitarium.zoo import biformer, crossformer, flowformer, litv2, moh, nano, nat, transnext
+from vitarium.zoo import (
+    agent,
+    biformer,
+    crossformer,
+    flowformer,
+    inline,
+    litv2,
+    moh,
+    nano,
+    nat,
+    transnext,
+)
 from vitarium.zoo.checkpoint import CheckpointReport, load_checkpoint
 from vitarium.zoo.pyramid import Pyramid
 from vitarium.zoo.registry import Published, list_models, published
@@ -9,9 +20,11 @@ __all__ = [
     "CheckpointReport",
     "Published",
     "Pyramid",
+    "agent",
     "biformer",
     "crossformer",
     "flowformer",
+    "inline",
     "list_models",
     "litv2",
     "load_checkpoint",

@@ -29,11 +29,16 @@ class ConvStem(nn.Module):
 
 
 class ConvDownsample(nn.Module):
-    """A 3x3 convolution of stride 2 without bias, then a norm (arXiv 2204.07143, section 3.2)."""
+    """A 3x3 convolution of stride 2, then a norm (arXiv 2204.07143, section 3.2).
 
-    def __init__(self, dim_in: int, dim_out: int) -> None:
+    Args:
+        dim_in, dim_out: channels.
+        bias: whether the convolution has one.
+    """
+
+    def __init__(self, dim_in: int, dim_out: int, *, bias: bool = False) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim_in, dim_out, 3, stride=2, padding=1, bias=False)
+        self.conv = nn.Conv2d(dim_in, dim_out, 3, stride=2, padding=1, bias=bias)
         self.norm = nn.LayerNorm(dim_out)
 
     def forward(self, x: Tensor) -> Tensor:

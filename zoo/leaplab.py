@@ -23,6 +23,7 @@ def register_host(
     repository: str,
     checkpoint_filter_fn: CheckpointFilter,
     configuration: Mapping[str, Any],
+    stride: int | None = 32,
     out_indices: tuple[int, ...] = (0, 1, 2, 3),
 ) -> None:
     """Register a paper's models of one host network.
@@ -38,6 +39,7 @@ def register_host(
         repository: the official one.
         checkpoint_filter_fn: maps official state-dict keys to ours.
         configuration: further entries of timm's configurations, those of the paper and the host.
+        stride: pixels per token of the last map, along each axis; None for models of sequences.
         out_indices: stages that `features_only=True` returns unless told otherwise.
     """
     default_cfgs, published = {}, {}
@@ -50,6 +52,7 @@ def register_host(
         default_cfgs[f"{name}.in1k" if figures else name] = {
             "num_classes": 1000,
             "input_size": (3, size, size),
+            "pool_size": (size // stride, size // stride) if stride else None,
             "crop_pct": 1.0 if name in whole else 0.875,
             "crop_mode": "squash",
             "interpolation": "bicubic",

@@ -67,7 +67,8 @@ class Pyramid(nn.Module):
         stage_norm: `stage_norm(dim)`, a norm at the end of every stage, on the way to the next;
             None for none.
         feature_norm: `feature_norm(dim)`, a norm of every stage's map where it is taken as a
-            feature, not on the way to the next stage, as detectors have it; None for none.
+            feature, not on the way to the next stage, as detectors have it; one for the network,
+            or a list with one per stage. None for none.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout after the projections of mixers and feed-forward networks.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
@@ -93,7 +94,7 @@ class Pyramid(nn.Module):
         stem_stride: int = 4,
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
         stage_norm: Callable[[int], nn.Module] | None = None,
-        feature_norm: Callable[[int], nn.Module] | None = None,
+        feature_norm: Any = None,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -104,11 +105,14 @@ class Pyramid(nn.Module):
         blocks_of_stages = [block] * len(dims) if callable(block) else block
         several = isinstance(downsample, Sequence)
         downsamples = downsample if several else [downsample] * len(dims)
+        several = isinstance(feature_norm, Sequence)
+        feature_norms = feature_norm if several else [feature_norm] * len(dims)
         for name, value in (
             ("depths", depths),
             ("mixers", mixers),
             ("block", blocks_of_stages),
             ("downsample", downsamples),
+            ("feature_norm", feature_norms),
         ):
             if isinstance(value, str) or len(value) != len(dims):
                 raise ValueError(
@@ -157,7 +161,8 @@ class Pyramid(nn.Module):
                 )
             self.stages = nn.Sequential(*stages)
             self.feature_norms = nn.ModuleList(
-                nn.Identity() if feature_norm is None else feature_norm(dim) for dim in dims
+                nn.Identity() if make_norm is None else make_norm(dim)
+                for make_norm, dim in zip(feature_norms, dims)
             )
             self.norm = norm_layer(self.num_features)
             self.head = self._make_head(num_classes, global_pool)

@@ -211,6 +211,13 @@ def test_features_may_have_norms_of_their_own():
     assert torch.equal(tap, taps[1])
 
 
+def test_norms_of_features_may_differ_by_stage():
+    model = _pyramid(feature_norm=[None, nn.LayerNorm])
+    assert [type(norm) for norm in model.feature_norms] == [nn.Identity, nn.LayerNorm]
+    with pytest.raises(ValueError, match="feature_norm=.*one entry per stage"):
+        _pyramid(feature_norm=[nn.LayerNorm])
+
+
 def test_stages_may_end_with_a_norm_that_the_next_one_sees():
     model = _pyramid(stage_norm=nn.LayerNorm, norm_layer=nn.Identity)
     for stage in model.stages:

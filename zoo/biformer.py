@@ -12,6 +12,7 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from vitarium.zoo.checkpoint import backbone_entries
 from vitarium.zoo.parts import BatchNorm, Block, PatchConv
 from vitarium.zoo.pyramid import Pyramid
 from vitarium.zoo.registry import Published, register_family
@@ -197,7 +198,7 @@ def _default_cfg(name: str, share: str) -> dict[str, Any]:
     }
 
 
-# Official names of layers in sequences, by the number of channels-mixing layers before them.
+# Official names, which number the layers of sequences, and ours.
 _STEM = {"0": "conv1", "1": "norm1", "3": "conv2", "4": "norm2"}
 _IN_STAGES = {
     r"\.attn\.(?:qkv\.qkv|qkv_linear)\.": ".mixer.qkv.",
@@ -230,11 +231,13 @@ def _rename(key: str, is_stl: bool) -> str:
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A state dict in official or in our names, in our names.
 
-    The 1x1 convolutions of the nchw variant become linear layers.
+    The 1x1 convolutions of the nchw variant become linear layers; of a detector or segmenter, the
+    backbone is taken.
     """
     is_stl = isinstance(model.stem, PatchStem)
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    renamed = {_rename(key, is_stl): value for key, value in state_dict.items()}
+    entries = backbone_entries(state_dict)
+    renamed = {_rename(key, is_stl): value for key, value in entries.items()}
     return {
         key: value.flatten(1) if tuple(value.shape) == (*shapes.get(key, ()), 1, 1) else value
         for key, value in renamed.items()

@@ -1,0 +1,146 @@
+"""BiFormer: official weights, published figures, and regions on maps of any size."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitarium import zoo
+from vitarium.ops import Mixer
+
+FOLDER = Path(__file__).parents[1] / "data" / "parity"
+GOLDENS = sorted(FOLDER.glob("biformer_*.json.xz"))
+ROWS = json.loads((FOLDER / "published_biformer.json").read_text())["classification"]
+SIZES = {"t": "tiny", "s": "small", "b": "base"}
+FEATURE_NORM = partial(nn.LayerNorm, eps=1e-6)  # of the official dense-prediction backbones
+
+
+def _name(row: dict) -> str:
+    """The registered name of a row, for example biformer_stl_nchw of "BiFormer-STL-nchw"."""
+    first, *rest = row["name"].lower().split("-")
+    return "_".join([first, *(SIZES.get(part, part) for part in rest)])
+
+
+every_row = pytest.mark.parametrize("row", ROWS, ids=_name)
+
+
+# --- parity --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.name.split(".")[0])
+@torch.no_grad()
+def test_official_weights_give_official_outputs(path, parity, tmp_path):
+    """In float64, within 1e-6 of the spread: every stage, and logits where there is a head."""
+    golden = parity.load(path)
+    file = tmp_path / "official.pth"
+    torch.save({"model": parity.state_dict(golden["state_dict"])}, file)
+    is_dense = "logits" not in golden
+    features = {"features_only": True, "feature_norm": FEATURE_NORM} if is_dense else {}
+    model = timm.create_model(
+        golden["model"],
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(file)},
+        dtype=torch.float64,
+        **golden.get("arguments", {}),
+        **features,
+    ).eval()
+    assert sum(p.numel() for p in model.parameters()) == golden["params"]
+    images = parity.image(*golden["input"])
+    maps = model(images) if is_dense else model.forward_intermediates(images)[1]
+    computed = {f"{'extra_norms' if is_dense else 'stages'}.{i}": x for i, x in enumerate(maps)}
+    if not is_dense:
+        computed["norm"] = model.norm(maps[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        computed["downsample_layers.0"] = model.stem(images).permute(0, 3, 1, 2)
+    listed = [want for want in golden["features"] if want["name"] in computed]
+    assert len(listed) >= 4
+    for want in listed:
+        have = computed[want["name"]]
+        assert list(have.shape) == want["shape"], want["name"]
+        tolerance = 1e-6 * want["std"]
+        assert have.mean().item() == pytest.approx(want["mean"], abs=tolerance), want["name"]
+        assert have.std(unbiased=False).item() == pytest.approx(want["std"], abs=tolerance)
+        assert have.flatten()[:8].tolist() == pytest.approx(want["first8"], abs=tolerance)
+    if not is_dense:
+        logits = torch.tensor(golden["logits"], dtype=torch.float64)
+        assert (model(images) - logits).abs().max() < 1e-6 * logits.std()
+
+
+def test_there_are_goldens_of_every_layout():
+    names = {path.name.split(".")[0] for path in GOLDENS}
+    assert {"biformer_tiny", "biformer_stl", "biformer_stl_nchw"} <= names
+    assert "biformer_tiny_dense_97x130" in names
+
+
+def test_a_detectors_checkpoint_is_its_backbones():
+    model = timm.create_model("biformer_tiny", embed_dim=32, depths=(1, 1, 1, 1))
+    official = {"backbone.downsample_layers.0.3.weight": torch.ones(1), "neck.0": torch.ones(1)}
+    assert list(zoo.biformer.checkpoint_filter_fn(official, model)) == ["stem.conv2.weight"]
+
+
+def test_our_names_pass():
+    for name in ("biformer_tiny", "biformer_stl", "biformer_stl_nchw"):
+        model = timm.create_model(name, embed_dim=32, depths=(1, 1, 1, 1), device="meta")
+        ours = model.state_dict()
+        assert set(zoo.biformer.checkpoint_filter_fn(ours, model)) == set(ours)
+
+
+# --- published figures ---------------------------------------------------------------------------
+
+
+@every_row
+def test_size_and_cost_are_the_published_ones(row):
+    model = timm.create_model(_name(row), device="meta").eval()
+    parameters = sum(p.numel() for p in model.parameters())
+    assert parameters == row["params_measured"]
+    assert parameters / 1e6 == pytest.approx(row["params_M"], rel=0.01)
+    image = torch.empty(1, 3, row["resolution"], row["resolution"], device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    # The counter has 2 operations per multiply-add, papers have 1.
+    assert counter.get_total_flops() / 2e9 == pytest.approx(row["gflops"], rel=0.01)
+
+
+@every_row
+def test_configuration_and_figures(row):
+    figures = zoo.published(_name(row))
+    assert figures == zoo.Published(row["top1"], row["params_M"], row["gflops"], row["resolution"])
+    cfg = timm.get_pretrained_cfg(_name(row))
+    assert (cfg.url, cfg.origin_url) == (None, row["checkpoint_url"])  # it answers no more
+    assert cfg.input_size == (3, row["resolution"], row["resolution"])
+    assert (cfg.license, cfg.num_classes, cfg.tag) == ("mit", 1000, "in1k")
+    assert cfg.paper_ids == f"arXiv:{row['paper']}"
+    model = timm.create_model(_name(row), device="meta")
+    assert isinstance(model.get_submodule(cfg.first_conv), nn.Conv2d)
+    assert model.get_submodule(cfg.classifier) is model.get_classifier()
+
+
+# --- what is special of the family ---------------------------------------------------------------
+
+
+def test_regions_can_be_those_of_detectors():
+    model = timm.create_model("biformer_small", device="meta", n_win=16, features_only=True)
+    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+    assert [(m.n_win, m.topk) for m in mixers if m.routed] == (
+        [((16, 16), 1)] * 4 + [((16, 16), 4)] * 4 + [((16, 16), 16)] * 18
+    )
+    assert [m.num_heads for m in mixers if not m.routed] == [8] * 4
+
+
+@pytest.mark.parametrize("name", ["biformer_tiny", "biformer_stl", "biformer_stl_nchw"])
+@pytest.mark.parametrize("size", [(1, 1), (5, 300), (32, 33), (97, 61)])
+@torch.no_grad()
+def test_images_may_have_any_size(name, size):
+    torch.manual_seed(0)
+    model = timm.create_model(name, embed_dim=32, depths=(1, 1, 1, 1), features_only=True).eval()
+    maps = model(torch.randn(1, 3, *size))
+    assert len(maps) == 4
+    assert all(x.numel() and x.isfinite().all() for x in maps)
+    if name == "biformer_tiny":  # convolutions that overlap, and see everything
+        assert [x.shape[2] for x in maps] == [-(-size[0] // r) for r in (4, 8, 16, 32)]
+    else:  # the patches of Swin's layout leave out what does not fill one
+        assert [x.shape[2] for x in maps] == [max(1, size[0] // r) for r in (4, 8, 16, 32)]

@@ -214,7 +214,7 @@ def test_features_may_have_norms_of_their_own():
 def test_norms_of_features_may_differ_by_stage():
     model = _pyramid(feature_norm=[None, nn.LayerNorm])
     assert [type(norm) for norm in model.feature_norms] == [nn.Identity, nn.LayerNorm]
-    with pytest.raises(ValueError, match="feature_norm=.*one entry per stage"):
+    with pytest.raises(ValueError, match=r"feature_norm=.*one entry per stage"):
         _pyramid(feature_norm=[nn.LayerNorm])
 
 

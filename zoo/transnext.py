@@ -93,10 +93,8 @@ class ConvolutionalGLU(nn.Module):
         return self.drop2(self.fc2(self.drop1(self.act(gate) * value)))
 
 
-def _map_size(img_size: int | Sequence[int] | None, stride: int) -> tuple[int, int] | None:
+def _map_size(img_size: int | Sequence[int], stride: int) -> tuple[int, int]:
     """Size of the map of a stage, as the official code rounds it."""
-    if img_size is None:
-        return None
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     return max(1, height // stride), max(1, width // stride)
 
@@ -109,8 +107,8 @@ def transnext(
     mlp_ratios: Sequence[float] = (8, 8, 4, 4),
     sr_ratios: Sequence[int] = (8, 4, 2, 1),
     window_size: int = 3,
-    pretrain_size: int | Sequence[int] | None = 224,
-    img_size: int | Sequence[int] | None = None,
+    img_size: int | Sequence[int] = 224,
+    pretrain_size: int | Sequence[int] | None = None,
     is_extrapolation: bool = True,
     fixed_pool_size: int | Sequence[int] | None = None,
     heads: Sequence[dict[str, int]] | None = None,
@@ -129,11 +127,11 @@ def transnext(
         sr_ratios: per stage, how many times smaller the pooled map of aggregated attention is; a
             stage with 1 has dense attention.
         window_size: side of the window of aggregated attention.
-        pretrain_size: image that the network was first trained on, in pixels, (H, W) or one number
-            for both; None: `img_size`, or the image at hand.
-        img_size: image whose biases are computed where `is_extrapolation` is false; else not used
-            but for `pretrain_size`.
-        is_extrapolation: compute the biases of every map; if false, those of other sizes are
+        img_size: image that the network is trained on, in pixels, (H, W) or one number for both.
+        pretrain_size: image that it was trained on before that, whose extent is the unit of
+            distances; None: `img_size`. For any use of weights that were trained at 224 pixels, it
+            is 224.
+        is_extrapolation: compute the biases of every image; if false, those of other sizes are
             interpolated from the ones of `img_size`, as detectors and most segmentors in the
             official repository do.
         fixed_pool_size: size of the pooled maps in place of `sr_ratios` (linear inference mode);
@@ -146,7 +144,7 @@ def transnext(
     for i, (dim, sr_ratio) in enumerate(zip(dims, sr_ratios)):
         arguments: dict[str, Any] = {
             "num_heads": dim // head_dim,
-            "pretrain_size": _map_size(pretrain_size, 2 ** (i + 2)),
+            "pretrain_size": _map_size(pretrain_size or img_size, 2 ** (i + 2)),
             "input_resolution": _map_size(img_size, 2 ** (i + 2)),
             "is_extrapolation": is_extrapolation,
             **({} if heads is None else heads[i]),
@@ -181,12 +179,12 @@ _base = partial(transnext, embed_dim=96, depths=(5, 5, 23, 5), drop_path_rate=0.
 
 VARIANTS = {
     "transnext_micro": _micro,
-    "transnext_micro_AAAA": partial(_micro, sr_ratios=(16, 8, 4, 2), pretrain_size=256),
+    "transnext_micro_AAAA": partial(_micro, sr_ratios=(16, 8, 4, 2), img_size=256),
     "transnext_tiny": _tiny,
     "transnext_small": _small,
-    "transnext_small_384": partial(_small, drop_path_rate=0.7),
+    "transnext_small_384": partial(_small, img_size=384, pretrain_size=224, drop_path_rate=0.7),
     "transnext_base": _base,
-    "transnext_base_384": partial(_base, drop_path_rate=0.8),
+    "transnext_base_384": partial(_base, img_size=384, pretrain_size=224, drop_path_rate=0.8),
 }
 
 # Per model: its checkpoint (repository and file on Hugging Face), and the official figures.

@@ -88,8 +88,8 @@ class EagerAgent(_Copy):
         table = mixer.an_bias if stage == "n" else mixer.na_bias
         table = F.interpolate(table, size=size, mode="bilinear").flatten(2)[None]
         if stage == "n":
-            return table + (mixer.ah_bias + mixer.aw_bias).flatten(3)
-        return table.transpose(2, 3) + (mixer.ha_bias + mixer.wa_bias).flatten(2, 3)
+            return table + (mixer.ah_bias + mixer.aw_bias).flatten(2)
+        return table.transpose(2, 3) + (mixer.ha_bias + mixer.wa_bias).flatten(1, 2)
 
 
 HILO: dict[str, Build] = {"official": EagerHiLo}

@@ -52,10 +52,10 @@ class Agents(nn.Module):
         self.agent_shape = (side, side) if agent_shape is None else agent_shape
         self.an_bias = table(num_heads, agent_num, TABLE, TABLE)
         self.na_bias = table(num_heads, agent_num, TABLE, TABLE)
-        self.ah_bias = table(1, num_heads, agent_num, key_size[0], 1)
-        self.aw_bias = table(1, num_heads, agent_num, 1, key_size[1])
-        self.ha_bias = table(1, num_heads, size[0], 1, agent_num)
-        self.wa_bias = table(1, num_heads, 1, size[1], agent_num)
+        self.ah_bias = table(num_heads, agent_num, key_size[0], 1)
+        self.aw_bias = table(num_heads, agent_num, 1, key_size[1])
+        self.ha_bias = table(num_heads, size[0], 1, agent_num)
+        self.wa_bias = table(num_heads, 1, size[1], agent_num)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -64,9 +64,17 @@ class Agents(nn.Module):
             if name.endswith("_bias"):
                 nn.init.trunc_normal_(parameter, std=0.02)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Official biases of rows and columns have one axis more, which no memory format is for.
+        for name in ("ah_bias", "aw_bias", "ha_bias", "wa_bias"):
+            found = state_dict.get(prefix + name)
+            if found is not None and found.ndim == 5:
+                state_dict[prefix + name] = found.squeeze(0)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _agent_bias(self, size: Size) -> Tensor:
         """The bias of agents and keys of a map, `(num_heads, agents, H, W)`."""
-        tables = (self.an_bias, self.ah_bias[0], self.aw_bias[0])
+        tables = (self.an_bias, self.ah_bias, self.aw_bias)
         table, rows, columns = map(self._of_agents, tables)
         table = F.interpolate(table, size=size, mode="bilinear")
         return table + (_stretched(rows, size) + _stretched(columns, size))
@@ -76,7 +84,7 @@ class Agents(nn.Module):
         # In this memory format the result is contiguous.
         table = self._of_agents(self.na_bias).contiguous(memory_format=torch.channels_last)
         table = F.interpolate(table, size=size, mode="bilinear").permute(0, 2, 3, 1)
-        sides = (bias[0].permute(0, 3, 1, 2) for bias in (self.ha_bias, self.wa_bias))
+        sides = (bias.permute(0, 3, 1, 2) for bias in (self.ha_bias, self.wa_bias))
         sides = map(self._of_agents, sides)
         rows, columns = (_stretched(bias, size).permute(0, 2, 3, 1) for bias in sides)
         return table + (rows + columns)

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Callable, Mapping, Set
+from functools import partial
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import nn
+from torch import Tensor, nn
 
 from vitarium.zoo.registry import CheckpointFilter, Published, register_family
 
@@ -68,9 +69,21 @@ def register_host(
         variants,
         default_cfgs=default_cfgs,
         published=published,
-        checkpoint_filter_fn=checkpoint_filter_fn,
+        checkpoint_filter_fn=partial(_in_our_shapes, checkpoint_filter_fn),
         out_indices=out_indices,
     )
+
+
+def _in_our_shapes(
+    rename: CheckpointFilter, state_dict: dict[str, Tensor], model: nn.Module
+) -> dict[str, Tensor]:
+    """The renamed state dict, without an axis that agents' biases of rows and columns have more."""
+    return {
+        key: value.squeeze(0)
+        if re.search(r"\.(ah|aw|ha|wa)_bias$", key) and value.ndim == 5
+        else value
+        for key, value in rename(state_dict, model).items()
+    }
 
 
 def _description(address: str | None, repository: str) -> str:

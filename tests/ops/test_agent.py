@@ -84,7 +84,7 @@ def test_biases_of_another_map_are_interpolated() -> None:
     mixer = AgentAttention(8, num_heads=2, agent_num=4, window=6, dtype=torch.float64)
     native = mixer._query_bias((6, 6))
     ours = mixer._query_bias((9, 5))
-    sides = (mixer.ha_bias + mixer.wa_bias)[0].permute(0, 3, 1, 2)
+    sides = (mixer.ha_bias + mixer.wa_bias).permute(0, 3, 1, 2)
     expected = F.interpolate(mixer.na_bias, size=(9, 5), mode="bilinear")
     expected = expected + F.interpolate(sides, size=(9, 5), mode="bilinear")
     assert native.shape == (2, 6, 6, 4)
@@ -97,7 +97,7 @@ def test_biases_of_other_agents_are_interpolated() -> None:
     mixer = AgentReducedAttention(
         8, num_patches=36, num_heads=2, agent_num=9, downstream_agent_shape=(4, 5)
     ).double()
-    sides = (mixer.ah_bias + mixer.aw_bias)[0], (mixer.ha_bias + mixer.wa_bias)[0]
+    sides = (mixer.ah_bias + mixer.aw_bias), (mixer.ha_bias + mixer.wa_bias)
     for table, side, ours in (
         (mixer.an_bias, sides[0], mixer._agent_bias((7, 6))),
         (mixer.na_bias, sides[1].permute(0, 3, 1, 2), mixer._query_bias((7, 6)).movedim(-1, 1)),

@@ -15,6 +15,8 @@ import vitarium.zoo  # noqa: F401
 
 NAT = ("dinat_isotropic_small", "dinat_s_tiny", "nat_mini", "vitrpb_small")
 FAMILIES = [
+    "agent_cswin_tiny",
+    "agent_swin_tiny",
     "biformer_tiny",
     "dinat_isotropic_small",
     "dinat_s_tiny",
@@ -24,8 +26,14 @@ FAMILIES = [
 ]
 # Families whose patches leave out what does not fill one at the bottom and right of a map.
 LEAVES_OUT = {"flowformer_cv"}
+# Families whose stem makes (L + 1) // 4 tokens of L pixels.
+OVERLAPPING = {"agent_cswin_tiny"}
 # Families with tables of position biases or embeddings, by how the tables' names end.
-TABLES = {"flowformer_cv": ".pos_embed", **dict.fromkeys(NAT, ".rpb")}
+TABLES = {
+    "agent_swin_tiny": ".relative_position_bias_table",
+    "flowformer_cv": ".pos_embed",
+    **dict.fromkeys(NAT, ".rpb"),
+}
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -116,6 +124,8 @@ def test_images_may_have_any_size(name, size, models):
         exact = [length / info["reduction"] for length in size]
         if name in LEAVES_OUT:
             expected = [max(1, math.floor(length)) for length in exact]
+        elif name in OVERLAPPING:
+            expected = [math.ceil((s + 1) // 4 * 4 / info["reduction"]) for s in size]
         else:
             expected = [math.ceil(length) for length in exact]
         assert tap.shape == (2, info["num_chs"], *expected)

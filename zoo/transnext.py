@@ -87,8 +87,9 @@ class ConvolutionalGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Two products: the convolution reads a map whose channels lie together.
-        weights, biases = self.fc1.weight.chunk(2), self.fc1.bias.chunk(2)
-        gate, value = (F.linear(x, weight, bias) for weight, bias in zip(weights, biases))
+        gate_weight, value_weight = self.fc1.weight.chunk(2)
+        gate_bias, value_bias = self.fc1.bias.chunk(2)
+        gate, value = F.linear(x, gate_weight, gate_bias), F.linear(x, value_weight, value_bias)
         gate = self.dwconv(gate.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.drop2(self.fc2(self.drop1(self.act(gate) * value)))
 
@@ -258,11 +259,17 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     """A state dict in official or in our names, in our names.
 
     Tables of positions and lengths are dropped: they are computed from the map's size. A 1x1
-    convolution of the official code is a linear layer here.
+    convolution of the official code is a linear layer here. Of a detector only the backbone is
+    taken.
     """
+    backbone = {
+        key.removeprefix("backbone."): value
+        for key, value in state_dict.items()
+        if key.startswith("backbone.")
+    }
     return {
         _rename(key): value.flatten(1) if key.endswith(".sr.weight") else value
-        for key, value in state_dict.items()
+        for key, value in (backbone or state_dict).items()
         if not _BUFFERS.search(key)
     }
 

@@ -21,18 +21,28 @@ FAMILIES = [
     "dinat_isotropic_small",
     "dinat_s_tiny",
     "flowformer_cv",
+    "moh_transnext_small_75",
     "nat_mini",
+    "transnext_micro",
     "vitrpb_small",
 ]
 # Families whose patches leave out what does not fill one at the bottom and right of a map.
 LEAVES_OUT = {"flowformer_cv"}
 # Families whose stem makes (L + 1) // 4 tokens of L pixels.
 OVERLAPPING = {"agent_cswin_tiny"}
-# Families with tables of position biases or embeddings, by how the tables' names end.
+# Families with tables of position biases or embeddings, or what stands for them, by how their
+# names end.
+TRANSNEXT = (
+    ".query_embedding",
+    ".relative_pos_bias_local",
+    ".temperature",
+    *(f".cpb_fc{layer}.{kind}" for layer in (1, 2) for kind in ("weight", "bias")),
+)
 TABLES = {
     "agent_swin_tiny": ".relative_position_bias_table",
     "flowformer_cv": ".pos_embed",
     **dict.fromkeys(NAT, ".rpb"),
+    **dict.fromkeys(("moh_transnext_small_75", "transnext_micro"), TRANSNEXT),
 }
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
@@ -48,8 +58,10 @@ def _small(name: str) -> dict:
     """Fewer and narrower blocks: the contract does not depend on their number or width."""
     if name in ("dinat_isotropic_small", "vitrpb_small"):
         return {"depth": 3}
-    if name == "flowformer_cv":
+    if name in ("flowformer_cv", "transnext_micro"):
         return {"depths": (2, 1, 2, 1), "embed_dim": 24}
+    if name == "moh_transnext_small_75":
+        return {"depths": (2, 1, 2, 1)}  # its width follows from its numbers of heads
     return {"depths": (2, 1, 2, 1), "embed_dim": 32}
 
 
@@ -317,7 +329,7 @@ def test_parameters_form_groups_by_depth(name, models):
             models[name], models[name].group_matcher(coarse), reverse=True
         )
         assert set(groups) == {n for n, _ in models[name].named_parameters()}
-        assert groups["head.fc.weight"] > groups["stages.2.blocks.0.mixer.qkv.weight"]
+        assert groups["head.fc.weight"] > groups["stages.2.blocks.0.norm1.weight"]
         first = groups["stages.0.blocks.0.norm1.weight"]
-        assert groups["stages.2.blocks.0.mixer.qkv.weight"] > first
+        assert groups["stages.2.blocks.0.norm1.weight"] > first
         assert all(groups[n] < first for n in groups if n.startswith("stem."))

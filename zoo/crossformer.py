@@ -97,7 +97,7 @@ class CrossScaleMerging(nn.Module):
 
 
 class CoolingBlock(Block):
-    """A block and the amplitude cooling layer of CrossFormer++ (arXiv 2303.06908, section 4.2).
+    """A block and the amplitude cooling layer of CrossFormer++ (arXiv 2303.06908).
 
     That is a 3x3 depthwise convolution and a norm, without a way around them.
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train a model on digits or on your own folder of class folders",
     "eval": "evaluate a checkpoint on held-out images",
     "predict": "classify image files with a checkpoint",
+    "convert": "write an official checkpoint as safetensors in our names",
     "bench": "measure models: parameters, GFLOPs, latency, throughput, memory",
     "list": "list the models of this package, with published figures",
     "info": "describe one model",

@@ -134,12 +134,17 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def save_weights(path: Path, model: nn.Module, description: Description) -> None:
-    """Write the model's state dict and its description as a safetensors file, atomically."""
-    tensors = {
+def contiguous_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's state dict as safetensors wants it: on the CPU, contiguous, nothing shared."""
+    return {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in model.state_dict().items()
     }
+
+
+def save_weights(path: Path, model: nn.Module, description: Description) -> None:
+    """Write the model's state dict and its description as a safetensors file, atomically."""
+    tensors = contiguous_state_dict(model)
     header = description.to_header()
     write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 

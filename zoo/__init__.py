@@ -13,6 +13,7 @@ from vitarium.zoo import (
     transnext,
 )
 from vitarium.zoo.checkpoint import CheckpointReport, load_checkpoint
+from vitarium.zoo.convert import from_checkpoint
 from vitarium.zoo.pyramid import Pyramid
 from vitarium.zoo.registry import Published, list_models, published
 
@@ -25,6 +26,7 @@ __all__ = [
     "crossformer",
     "flowformer",
     "inline",
+    "from_checkpoint",
     "list_models",
     "litv2",
     "load_checkpoint",

@@ -16,6 +16,8 @@ from timm.models import clean_state_dict, load_state_dict_from_hf
 from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
+from vitarium.zoo.registry import checkpoint_filter
+
 # Where training scripts put the weights, in the order of timm: the averaged ones first.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
@@ -95,6 +97,12 @@ def load_checkpoint(
         renamed=renamed,
         head_replaced=replace_head,
     )
+
+
+def mapped_state_dict(model: nn.Module, source: str | Path) -> dict[str, Tensor]:
+    """What a file or an address holds, in the model's names; raises as `load_checkpoint`."""
+    _, state_dict = _unwrap(*_read(source))
+    return _checkpoint_filter(model)(state_dict, model)
 
 
 def backbone_entries(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -185,7 +193,8 @@ def _checkpoint_filter(model: nn.Module) -> Any:
     if not timm.is_model(name):
         return lambda state_dict, model: state_dict
     family = sys.modules[timm.models.model_entrypoint(name).__module__]
-    return getattr(family, "checkpoint_filter_fn", lambda state_dict, model: state_dict)
+    timms = getattr(family, "checkpoint_filter_fn", lambda state_dict, model: state_dict)
+    return checkpoint_filter(name) or timms
 
 
 def _classifier_names(model: nn.Module) -> list[str]:

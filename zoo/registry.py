@@ -32,6 +32,7 @@ class Published:
 
 
 _PUBLISHED: dict[str, Published] = {}  # by "model.tag"
+_FILTERS: dict[str, CheckpointFilter] = {}  # by model
 
 
 def register_family(
@@ -58,6 +59,7 @@ def register_family(
     configurations = generate_default_cfgs({k: dict(v) for k, v in default_cfgs.items()})
     namespace.default_cfgs = {**getattr(namespace, "default_cfgs", {}), **configurations}
     _PUBLISHED.update(published)
+    _FILTERS.update(dict.fromkeys(variants, checkpoint_filter_fn))
 
     def entry_point(name: str, build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -76,6 +78,11 @@ def register_family(
 
     for name, build in variants.items():
         setattr(namespace, name, register_model(entry_point(name, build)))
+
+
+def checkpoint_filter(model_name: str) -> CheckpointFilter | None:
+    """What maps official state-dict keys of a backbone to ours; None for models not of ours."""
+    return _FILTERS.get(model_name)
 
 
 def list_models(pattern: str = "") -> list[str]:

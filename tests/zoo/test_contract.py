@@ -6,28 +6,35 @@ import math
 import pytest
 import timm
 import torch
+from timm.layers import DropPath
 from timm.models import create_model
 from timm.models._features_fx import FeatureGraphNet
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
 import vitarium.zoo  # noqa: F401
+from vitarium.ops import Mixer
 
 NAT = ("dinat_isotropic_small", "dinat_s_tiny", "nat_mini", "vitrpb_small")
 FAMILIES = [
     "agent_cswin_tiny",
     "agent_swin_tiny",
     "biformer_tiny",
+    "crossformer_pp_small",
+    "crossformer_tiny",
     "dinat_isotropic_small",
     "dinat_s_tiny",
     "flowformer_cv",
+    "litv2_small",
     "moh_transnext_small_75",
     "nat_mini",
     "transnext_micro",
     "vitrpb_small",
 ]
 # Families whose patches leave out what does not fill one at the bottom and right of a map.
-LEAVES_OUT = {"flowformer_cv"}
+LEAVES_OUT = {"crossformer_pp_small", "crossformer_tiny", "flowformer_cv"}
+# Families that do so between stages alone.
+MERGING_LEAVES_OUT = {"litv2_small"}
 # Families whose stem makes (L + 1) // 4 tokens of L pixels.
 OVERLAPPING = {"agent_cswin_tiny"}
 # Families with tables of position biases or embeddings, or what stands for them, by how their
@@ -105,11 +112,16 @@ def test_rates_reach_their_layers(name):
     )
     blocks = [block for stage in model.stages for block in stage.blocks]
     assert model.head.drop.p == 0.1
-    assert {block.mixer.proj_drop.p for block in blocks} == {0.2}
+    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+    assert {mixer.proj_drop.p for mixer in mixers} == {0.2}
     assert {block.mlp.drop1.p for block in blocks} == {0.2}
-    assert isinstance(blocks[0].drop_path1, nn.Identity)
-    rates = [block.drop_path1.drop_prob for block in blocks[1:]]
-    assert rates == pytest.approx([0.3 * i / (len(blocks) - 1) for i in range(1, len(blocks))])
+    rates = [
+        {module.drop_prob for module in block.modules() if isinstance(module, DropPath)}
+        for block in blocks
+    ]
+    assert rates[0] == set()
+    rising = [0.3 * i / (len(blocks) - 1) for i in range(1, len(blocks))]
+    assert [rate for (rate,) in rates[1:]] == pytest.approx(rising)
 
 
 @every_family
@@ -136,6 +148,9 @@ def test_images_may_have_any_size(name, size, models):
         exact = [length / info["reduction"] for length in size]
         if name in LEAVES_OUT:
             expected = [max(1, math.floor(length)) for length in exact]
+        elif name in MERGING_LEAVES_OUT:
+            tokens = [math.ceil(length / 4) for length in size]
+            expected = [max(1, length * 4 // info["reduction"]) for length in tokens]
         elif name in OVERLAPPING:
             expected = [math.ceil((s + 1) // 4 * 4 / info["reduction"]) for s in size]
         else:
@@ -329,7 +344,7 @@ def test_parameters_form_groups_by_depth(name, models):
             models[name], models[name].group_matcher(coarse), reverse=True
         )
         assert set(groups) == {n for n, _ in models[name].named_parameters()}
-        assert groups["head.fc.weight"] > groups["stages.2.blocks.0.norm1.weight"]
-        first = groups["stages.0.blocks.0.norm1.weight"]
-        assert groups["stages.2.blocks.0.norm1.weight"] > first
+        assert groups["head.fc.weight"] > groups["stages.2.blocks.0.mlp.fc1.weight"]
+        first = groups["stages.0.blocks.0.mlp.fc1.weight"]
+        assert groups["stages.2.blocks.0.mlp.fc1.weight"] > first
         assert all(groups[n] < first for n in groups if n.startswith("stem."))

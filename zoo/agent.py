@@ -1,4 +1,4 @@
-"""Agent attention in the blocks of Swin and CSWin.
+"""Agent attention in the blocks of DeiT, PVT, Swin and CSWin.
 
 Han et al., "Agent Attention: On the Integration of Softmax and Linear Attention" (arXiv 2312.08874,
 ECCV 2024). Code and checkpoints (no licence stated): https://github.com/LeapLabTHU/Agent-Attention
@@ -8,15 +8,24 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from vitarium.zoo import cswin, swin
+from vitarium.zoo import cswin, deit, pvt, swin
 from vitarium.zoo.leaplab import register_host
 from vitarium.zoo.pyramid import Pyramid
 from vitarium.zoo.registry import Published
 
 AGENTS = (9, 16, 49, 49)  # per stage
 
-# Per model: the last part of of its checkpoint, and the figures of the official repository.
+# Per model: the last part of the checkpoint's address, and the figures of the official repository.
 CHECKPOINTS: dict[str, tuple[str, Published]] = {
+    "agent_deit_tiny": ("57e0904221824ee7b7af", Published(74.9, 6.0, 1.2, 224)),
+    "agent_deit_small": ("fdd43304372541db8ea7", Published(80.5, 22.7, 4.4, 224)),
+    "agent_deit_small_448": ("a228f86241c445f1969b", Published(83.1, 23.1, 17.7, 448)),
+    "agent_deit_base": ("5115f15fdd7e4ab58fbc", Published(82.0, 87.2, 17.6, 224)),
+    "agent_pvt_tiny": ("13fdf0e0a7c5498c934f", Published(78.4, 11.6, 2.0, 224)),
+    "agent_pvt_small": ("36b8be9a8863456685a3", Published(82.2, 20.6, 4.0, 224)),
+    "agent_pvt_medium": ("4d00ecacf18b45f9b88c", Published(83.4, 35.9, 7.0, 224)),
+    "agent_pvt_medium_256": ("654df734121643b19c52", Published(83.8, 36.1, 9.2, 256)),
+    "agent_pvt_large": ("040cfe0cfbbe4762ad09", Published(83.7, 48.7, 10.4, 224)),
     "agent_swin_tiny": ("a2ddc1190c224f768a41", Published(82.6, 29.0, 4.5, 224)),
     "agent_swin_small": ("f607172c9fea4d6e99bb", Published(83.7, 50.0, 8.7, 224)),
     "agent_swin_small_288": ("09760394e93b4046a25e", Published(84.1, 50.0, 14.6, 288)),
@@ -29,24 +38,98 @@ CHECKPOINTS: dict[str, tuple[str, Published]] = {
 }
 
 
+def agent_deit(
+    *,
+    embed_dim: int,
+    num_heads: int,
+    depth: int = 12,
+    agent_num: int = 49,
+    agent_depth: int | None = None,
+    img_size: int = 224,
+    patch_size: int = 16,
+    **kwargs: Any,
+) -> deit.DeiT:
+    """Agent-DeiT: agent attention with a class token, then softmax attention.
+
+    Args:
+        embed_dim: channels.
+        num_heads: attention heads; divides `embed_dim`.
+        depth: number of blocks.
+        agent_num: agents of a block, a square.
+        agent_depth: how many blocks have agent attention; all if None.
+        img_size: side of the square image that biases and position embedding belong to; images of
+            other sizes are taken too.
+        patch_size: pixels per patch along each axis.
+        kwargs: further arguments of `vitarium.zoo.deit.DeiT`, which win over those set here.
+    """
+    shared = {"num_heads": num_heads, "qkv_bias": True}
+    window = img_size // patch_size
+    agent = {**shared, "agent_num": agent_num, "window": window, "class_token": True}
+    first = depth if agent_depth is None else agent_depth
+    mixers = [("agent", agent)] * first + [("attention", shared)] * (depth - first)
+    sizes = {"embed_dim": embed_dim, "img_size": img_size, "patch_size": patch_size}
+    return deit.deit(**{"mixers": mixers, **sizes, **kwargs})
+
+
+def agent_pvt(
+    *,
+    depths: Sequence[int],
+    num_heads: Sequence[int] = (1, 2, 5, 8),
+    agent_num: Sequence[int] = AGENTS,
+    downstream_agent_shapes: Sequence[tuple[int, int] | None] = (None, None, None, None),
+    img_size: int = 224,
+    **kwargs: Any,
+) -> Pyramid:
+    """Agent-PVT: agent attention in every stage, without spatial reduction.
+
+    Args:
+        depths: blocks per stage.
+        num_heads: attention heads per stage.
+        agent_num: agents per stage, squares.
+        downstream_agent_shapes: per stage, rows and columns of agents where they are others than
+            the biases are for; the official detectors and segmenters have (12, 12), (16, 16),
+            (28, 28) and (28, 28).
+        img_size: side of the square image that biases and position embeddings belong to; images of
+            other sizes are taken too.
+        kwargs: further arguments of `vitarium.zoo.pvt.pvt`, which win over those set here.
+    """
+    stages = zip(num_heads, agent_num, downstream_agent_shapes, pvt.map_sizes(img_size))
+    mixers = [
+        (
+            "agent_pvt",
+            {
+                "num_heads": heads,
+                "agent_num": agents,
+                "downstream_agent_shape": shape,
+                "num_patches": size**2,
+                "qkv_bias": True,
+            },
+        )
+        for heads, agents, shape, size in stages
+    ]
+    return pvt.pvt(**{"mixers": mixers, "depths": depths, "img_size": img_size, **kwargs})
+
+
 def agent_swin(
     *,
     agent_num: Sequence[int] = AGENTS,
-    downstream_agent_shapes: Sequence[Any] = (None, None, None, None),
+    downstream_agent_shapes: Sequence[Any] | None = None,
     **kwargs: Any,
 ) -> Pyramid:
     """Swin with agent attention.
 
     The official backbones of detection and segmentation are those of 224 pixels with
-    `feature_norm=nn.LayerNorm, always_partition=True` and `downstream_agent_shapes` of their
-    configuration, (9, 12, 14, 7) or, of Agent-Swin-S, (9, 12, 7, 7).
+    `feature_norm=nn.LayerNorm, downstream_agent_shapes=(9, 12, 14, 7)`.
 
     Args:
         agent_num: agents of a window, per stage.
-        downstream_agent_shapes: rows and columns of agents per stage where they differ from
-            `agent_num`, a number or (H, W); the biases are interpolated. None for no difference.
+        downstream_agent_shapes: rows and columns of agents per stage, a number or (H, W), where
+            they may differ from `agent_num`; the biases are interpolated. With them
+            `always_partition` is true unless given, as in the official code.
         kwargs: further arguments of `vitarium.zoo.swin.swin`.
     """
+
+    dense = downstream_agent_shapes is not None
 
     def mixer(windows: swin.Windows) -> Any:
         shared = {
@@ -57,11 +140,12 @@ def agent_swin(
         if not windows.whole:
             sizes = {"window_size": windows.window_size, "shift_size": windows.shift_size}
             return ("agent_window", {**shared, **sizes})
-        shape = downstream_agent_shapes[windows.stage]
-        sizes = {"window": windows.window_size, "downstream_agent_shape": shape}
-        return ("agent", {**shared, **sizes})
+        arguments = {**shared, "window": windows.window_size}
+        if dense:
+            arguments["downstream_agent_shape"] = downstream_agent_shapes[windows.stage]
+        return ("agent", arguments)
 
-    return swin.swin(mixer=mixer, **kwargs)
+    return swin.swin(**{"mixer": mixer, "always_partition": dense, **kwargs})
 
 
 def agent_cswin(
@@ -93,6 +177,25 @@ def agent_cswin(
     )
     return cswin.cswin(mixers=mixers, **kwargs)
 
+
+_deit_small = partial(agent_deit, embed_dim=384, num_heads=6, drop_path_rate=0.1)
+DEIT: dict[str, Callable[..., deit.DeiT]] = {
+    "agent_deit_tiny": partial(agent_deit, embed_dim=192, num_heads=3),
+    "agent_deit_small": _deit_small,
+    "agent_deit_small_448": partial(_deit_small, img_size=448),
+    "agent_deit_base": partial(
+        agent_deit, embed_dim=768, num_heads=12, agent_num=81, agent_depth=4, drop_path_rate=0.3
+    ),
+}
+
+_pvt_medium = partial(agent_pvt, depths=(3, 4, 18, 3), drop_path_rate=0.3)
+PVT: dict[str, Callable[..., Pyramid]] = {
+    "agent_pvt_tiny": partial(agent_pvt, depths=(2, 2, 2, 2), drop_path_rate=0.1),
+    "agent_pvt_small": partial(agent_pvt, depths=(3, 4, 6, 3), drop_path_rate=0.1),
+    "agent_pvt_medium": _pvt_medium,
+    "agent_pvt_medium_256": partial(_pvt_medium, img_size=256),
+    "agent_pvt_large": partial(agent_pvt, depths=(3, 8, 27, 3), drop_path_rate=0.3),
+}
 
 _swin_tiny = partial(
     agent_swin, embed_dim=96, depths=(2, 2, 6, 2), replaced=(2, 2, 6, 0), drop_path_rate=0.2
@@ -136,6 +239,18 @@ _register = partial(
     checkpoints=CHECKPOINTS,
     whole=WHOLE,
     repository="https://github.com/LeapLabTHU/Agent-Attention",
+)
+_register(
+    DEIT,
+    checkpoint_filter_fn=deit.checkpoint_filter_fn,
+    configuration={**_PAPER, "first_conv": "patch_embed.proj", "classifier": "head"},
+    stride=None,
+    out_indices=(2, 5, 8, 11),
+)
+_register(
+    PVT,
+    checkpoint_filter_fn=pvt.checkpoint_filter_fn,
+    configuration={**_PAPER, "first_conv": "stem.proj"},
 )
 _register(
     SWIN,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
+from vitarium.zoo.checkpoint import backbone_entries
 from vitarium.zoo.parts import Block, PatchConv
 from vitarium.zoo.pyramid import Pyramid
 
@@ -134,7 +135,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
     Official queries apart from keys and values are joined where the mixer projects all at once.
     """
-    mapped = {_rename(key): value for key, value in state_dict.items()}
+    mapped = {_rename(key): value for key, value in backbone_entries(state_dict).items()}
     own = model.state_dict()
     for key, value in list(mapped.items()):
         names = [key.replace(".mixer.q.", f".mixer.{name}.") for name in ("qkv", "q", "kv")]

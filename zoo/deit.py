@@ -10,7 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import register_notrace_module, resample_abs_pos_embed, trunc_normal_
+from timm.layers import (
+    register_notrace_function,
+    register_notrace_module,
+    resample_abs_pos_embed,
+    trunc_normal_,
+)
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from timm.models.vision_transformer import VisionTransformer
@@ -33,6 +38,15 @@ class TokenBlock(Block):
 
 
 register_notrace_module(TokenBlock)  # one node to torch.fx: its size arithmetic is Python
+
+
+@register_notrace_function
+def _resampled(table: Tensor, native: Size, x: Tensor) -> Tensor:
+    """The position embedding, made for a map of size `native`, for that of x, `(B, H, W, C)`."""
+    size = (x.shape[1], x.shape[2])
+    if size == tuple(native):
+        return table
+    return resample_abs_pos_embed(table, new_size=list(size), old_size=list(native))
 
 
 class DeiT(VisionTransformer):
@@ -94,6 +108,12 @@ class DeiT(VisionTransformer):
         trunc_normal_(self.pos_embed, std=0.02)
         trunc_normal_(self.cls_token, std=0.02)
         self.apply(init_module)
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        # timm's own would interpolate in every exported graph, also at the native size.
+        token = self.cls_token.expand(x.shape[0], -1, -1)
+        table = _resampled(self.pos_embed, self.patch_embed.grid_size, x)
+        return self.pos_drop(torch.cat([token, x.flatten(1, 2)], 1) + table)
 
     def _embedded(self, x: Tensor) -> tuple[Tensor, Size]:
         """Tokens of images, the class token first, and the size of their map."""

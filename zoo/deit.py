@@ -41,7 +41,7 @@ register_notrace_module(TokenBlock)  # one node to torch.fx: its size arithmetic
 
 
 @register_notrace_function
-def _resampled(table: Tensor, native: Size, x: Tensor) -> Tensor:
+def resampled(table: Tensor, native: Size, x: Tensor) -> Tensor:
     """The position embedding, made for a map of size `native`, for that of x, `(B, H, W, C)`."""
     size = (x.shape[1], x.shape[2])
     if size == tuple(native):
@@ -112,7 +112,7 @@ class DeiT(VisionTransformer):
     def _pos_embed(self, x: Tensor) -> Tensor:
         # timm's own would interpolate in every exported graph, also at the native size.
         token = self.cls_token.expand(x.shape[0], -1, -1)
-        table = _resampled(self.pos_embed, self.patch_embed.grid_size, x)
+        table = resampled(self.pos_embed, self.patch_embed.grid_size, x)
         return self.pos_drop(torch.cat([token, x.flatten(1, 2)], 1) + table)
 
     def _embedded(self, x: Tensor) -> tuple[Tensor, Size]:

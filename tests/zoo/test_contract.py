@@ -18,6 +18,7 @@ from vitarium.ops import Mixer
 NAT = ("dinat_isotropic_small", "dinat_s_tiny", "nat_mini", "vitrpb_small")
 FAMILIES = [
     "agent_cswin_tiny",
+    "agent_pvt_tiny",
     "agent_swin_tiny",
     "biformer_tiny",
     "crossformer_pp_small",
@@ -25,6 +26,7 @@ FAMILIES = [
     "dinat_isotropic_small",
     "dinat_s_tiny",
     "flowformer_cv",
+    "inline_pvt_tiny",
     "litv2_small",
     "moh_transnext_small_75",
     "nat_mini",
@@ -32,7 +34,13 @@ FAMILIES = [
     "vitrpb_small",
 ]
 # Families whose patches leave out what does not fill one at the bottom and right of a map.
-LEAVES_OUT = {"crossformer_pp_small", "crossformer_tiny", "flowformer_cv"}
+LEAVES_OUT = {
+    "agent_pvt_tiny",
+    "crossformer_pp_small",
+    "crossformer_tiny",
+    "flowformer_cv",
+    "inline_pvt_tiny",
+}
 # Families that do so between stages alone.
 MERGING_LEAVES_OUT = {"litv2_small"}
 # Families whose stem makes (L + 1) // 4 tokens of L pixels.
@@ -69,6 +77,8 @@ def _small(name: str) -> dict:
         return {"depths": (2, 1, 2, 1), "embed_dim": 24}
     if name == "moh_transnext_small_75":
         return {"depths": (2, 1, 2, 1)}  # its width follows from its numbers of heads
+    if name in ("agent_pvt_tiny", "inline_pvt_tiny"):
+        return {"depths": (2, 1, 2, 1), "embed_dims": (16, 32, 40, 64)}
     return {"depths": (2, 1, 2, 1), "embed_dim": 32}
 
 

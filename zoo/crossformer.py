@@ -56,7 +56,19 @@ class CrossScaleEmbedding(nn.Module):
         missing = [max(0, self.stride - length) for length in x.shape[2:]]
         if any(missing):
             x = F.pad(x, (0, missing[1], 0, missing[0]))
-        return torch.cat([conv(x).permute(0, 2, 3, 1) for conv in self.convs], -1)
+        return torch.cat([_convolved(conv, x).permute(0, 2, 3, 1) for conv in self.convs], -1)
+
+
+def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """`conv(x)`; where its gradient is slow, as a small kernel on patches of many channels."""
+    size, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+    slow = conv.in_channels < stride**2 <= size
+    if not (slow and torch.is_grad_enabled()):
+        return conv(x)
+    after = [length // stride * stride + padding - length for length in x.shape[2:]]
+    x = F.pad(x, (padding, after[1], padding, after[0]))
+    weight = F.pixel_unshuffle(conv.weight, stride)
+    return F.conv2d(F.pixel_unshuffle(x, stride), weight, conv.bias)
 
 
 class CrossScaleStem(nn.Module):

@@ -162,6 +162,22 @@ def test_embeddings_are_convolutions_around_the_same_places():
         torch.testing.assert_close(found[:, row, column], torch.cat(parts, 1))
 
 
+@pytest.mark.parametrize("size", [(32, 40), (23, 37), (3, 9)])
+def test_embeddings_have_the_gradients_of_their_convolutions(size):
+    torch.manual_seed(0)
+    embedding = CrossScaleEmbedding(3, 16, (4, 8, 16, 32)).double()
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    sources = [x, *embedding.parameters()]
+    padded = F.pad(x, (0, 0, 0, max(0, 4 - size[0])))
+    expected = torch.cat([conv(padded) for conv in embedding.convs], 1).permute(0, 2, 3, 1)
+    results = []
+    for output in (embedding(x), expected):
+        results.append([output, *torch.autograd.grad(output.square().sum(), sources)])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(embedding(x), expected)
+
+
 def test_blocks_attend_near_and_far_in_turn_and_every_third_cools():
     model = timm.create_model("crossformer_pp_small", device="meta")
     for stage, group, interval in zip(model.stages, (4, 4, 14, 7), (4, 2, 1, 1), strict=True):

@@ -67,7 +67,7 @@ class Record:
         kind: "operator", "mixer" or "model".
         name: the operator's, the mixer's or the model's name.
         implementation: backend, peer or "floor" of an operator; "vitarium" or a peer of a mixer;
-            "eager" or "compiled" model.
+            "eager" or "compiled" model, or "vitarium" and "official" where both were compared.
         mode: "forward", "backward" or "training" (forward and backward).
         dtype: data type of the tensors, such as "bfloat16".
         shapes: shape of every input tensor.

@@ -27,7 +27,7 @@ def print_table(records: Sequence[Record], console: Console | None = None) -> No
         (models, model_table),
         (profiled, parts_table),
         (operators, operator_table),
-        (mixers, mixer_table),
+        (mixers, compared_table),
     ):
         if chosen:
             console.print(table(chosen))
@@ -139,14 +139,14 @@ def operator_table(records: Sequence[Record]) -> Table:
     return table
 
 
-def mixer_table(records: Sequence[Record]) -> Table:
-    """Mixers: a row per setting, a column per module: ms, and ours as a multiple of a peer's."""
+def compared_table(records: Sequence[Record]) -> Table:
+    """A row per setting, a column per module: ms, and ours as a multiple of a peer's."""
     settings: defaultdict[tuple[str, ...], dict[str, Record]] = defaultdict(dict)
     for r in records:
         settings[r.setting][r.implementation] = r
     columns = dict.fromkeys(r.implementation for r in records)
     table = Table(
-        title="Mixers: median ms, and our time over the peer's",
+        title="Median ms, and our time over the peer's",
         caption=where(records),
         box=box.SIMPLE_HEAD,
         collapse_padding=True,

@@ -1,6 +1,6 @@
 """`vitarium bench`: measure models or operators, and draw what was measured.
 
-The first word says what is done (`models`, `ops`, `mixers`,
+The first word says what is done (`models`, `ops`, `mixers`, `official`,
 `scaling`, `plot`); without it, words are models.
 """
 
@@ -172,15 +172,21 @@ def _mixers_parser() -> ArgumentParser:
 
 
 def _run_mixers(config: Namespace) -> int:
-    from vitarium.benchmarks import print_table
     from vitarium.benchmarks.mixers import bench_mixers
 
+    return _run_compared(bench_mixers, config, "mixers.jsonl")
+
+
+def _run_compared(bench: Any, config: Namespace, file: str) -> int:
+    """Measure ours beside others, print both, say what was not timed."""
+    from vitarium.benchmarks.report import compared_table
+
     console = Console()
-    arguments = {**vars(config), "output": _output(config, "mixers.jsonl")}
-    outcome = bench_mixers(
+    arguments = {**vars(config), "output": _output(config, file)}
+    outcome = bench(
         **arguments, progress=lambda line: console.print(line, style="dim", highlight=False)
     )
-    print_table(outcome.records, console)
+    console.print(compared_table(outcome.records))
     for line in outcome.refused:
         console.print(f"not timed: {line}", style="red", markup=False, highlight=False)
     _say_where(arguments["output"])
@@ -226,6 +232,39 @@ def _run_scaling(config: Namespace) -> None:
     )
     console.print(scaling_table(records))
     _say_where(arguments["output"])
+
+
+# --- official code --------------------------------------------------------------------------------
+
+
+def _official_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Our backbones beside the models of the official repositories, with the same "
+        "weights. `git clone` those repositories into one folder first."
+    )
+    parser.add_argument("names", metavar="MODEL", type=str, nargs="*", help="all, if none")
+    parser.add_argument("--clones", type=str, required=True, help="the folder of repositories")
+    _add_place(parser, threads=1)
+    parser.add_argument("--batch-size", type=PositiveInt, default=4, help="images")
+    parser.add_argument("--image-size", type=PositiveInt, default=224, help="side of the images")
+    parser.add_argument(
+        "--modes",
+        type=Literal["forward", "training"],
+        nargs="+",
+        default=["forward", "training"],
+        help="training is forward and backward in one",
+    )
+    parser.add_argument("--seconds", type=NonNegativeFloat, default=10.0, help="per setting")
+    parser.add_argument(
+        "--output", type=str | None, default=None, help=_OUTPUT.format(name="official.jsonl")
+    )
+    return parser
+
+
+def _run_official(config: Namespace) -> int:
+    from vitarium.benchmarks.official import bench_official
+
+    return _run_compared(bench_official, config, "official.jsonl")
 
 
 # --- pictures ------------------------------------------------------------------------------------
@@ -290,5 +329,6 @@ _WHAT = {
     "ops": (_operators_parser, _run_operators, "operators against floor and peers"),
     "mixers": (_mixers_parser, _run_mixers, "mixers against timm's modules"),
     "scaling": (_scaling_parser, _run_scaling, "mixers on maps of 196 to 65,536 tokens"),
+    "official": (_official_parser, _run_official, "backbones against official code"),
     "plot": (_plot_parser, _run_plot, "a picture of records"),
 }

@@ -68,7 +68,7 @@ def agent_deit(
     first = depth if agent_depth is None else agent_depth
     mixers = [("agent", agent)] * first + [("attention", shared)] * (depth - first)
     sizes = {"embed_dim": embed_dim, "img_size": img_size, "patch_size": patch_size}
-    return deit.deit(**{"mixers": mixers, **sizes, **kwargs})
+    return deit.DeiT(**{"mixers": mixers, **sizes, **kwargs})
 
 
 def agent_pvt(

@@ -7,7 +7,7 @@ Touvron et al., "Training data-efficient image transformers & distillation throu
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.layers import (
@@ -61,7 +61,13 @@ class DeiT(VisionTransformer):
         img_size: side of the square image that the position embedding belongs to.
         patch_size: pixels per patch along each axis.
         mlp_ratio: hidden width of the feed-forward networks over `embed_dim`.
-        kwargs: arguments of timm's VisionTransformer that do not concern its blocks.
+        in_chans, num_classes: channels of the image; classes, 0 for pooled features.
+        global_pool: "token" for the class token, "avg", "max", "avgmax", or "" for all tokens.
+        fc_norm: norm after pooling, not before; if None, where `global_pool` is not "token".
+        drop_rate, pos_drop_rate: dropout before the classifier; after the position embedding.
+        proj_drop_rate: dropout after the projections of mixers and feed-forward networks.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
+        device, dtype: where and in which floating-point type the parameters are made.
     """
 
     def __init__(
@@ -72,21 +78,31 @@ class DeiT(VisionTransformer):
         img_size: int = 224,
         patch_size: int = 16,
         mlp_ratio: float = 4.0,
-        **kwargs: Any,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: Literal["", "avg", "avgmax", "max", "token"] = "token",
+        fc_norm: bool | None = None,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         specs = iter(mixers)
 
         def block(
             dim: int, mlp_ratio: float, proj_drop: float, drop_path: float, **_: Any
         ) -> TokenBlock:
-            return TokenBlock(
-                dim,
-                build_mixer(next(specs), dim, proj_drop=proj_drop),
-                mlp_ratio=mlp_ratio,
-                drop_path=drop_path,
-                proj_drop=proj_drop,
-                norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            )
+            with factory_device(device):
+                return TokenBlock(
+                    dim,
+                    build_mixer(next(specs), dim, proj_drop=proj_drop),
+                    mlp_ratio=mlp_ratio,
+                    drop_path=drop_path,
+                    proj_drop=proj_drop,
+                    norm_layer=partial(nn.LayerNorm, eps=1e-6),
+                )
 
         super().__init__(
             embed_dim=embed_dim,
@@ -99,8 +115,17 @@ class DeiT(VisionTransformer):
             dynamic_img_size=True,
             dynamic_img_pad=True,
             weight_init="skip",
-            **kwargs,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            fc_norm=fc_norm,
+            drop_rate=drop_rate,
+            pos_drop_rate=pos_drop_rate,
+            proj_drop_rate=proj_drop_rate,
+            drop_path_rate=drop_path_rate,
         )
+        # Not all versions of timm take both arguments; all but the blocks is small.
+        self.to(device=device, dtype=dtype)
         self.init_weights()
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
@@ -171,22 +196,6 @@ class DeiT(VisionTransformer):
                     tokens = tokens.transpose(1, 2).unflatten(2, size)
                 intermediates.append((tokens, prefix) if return_prefix_tokens else tokens)
         return intermediates if intermediates_only else (self.norm(x), intermediates)
-
-
-def deit(
-    *,
-    mixers: Sequence[Any],
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    **kwargs: Any,
-) -> DeiT:
-    """A vision transformer made on `device` and in `dtype`, in all versions of timm.
-
-    Args: as of `DeiT`.
-    """
-    with factory_device(device):
-        model = DeiT(mixers=mixers, **kwargs)
-    return model if dtype is None else model.to(dtype)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

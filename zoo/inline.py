@@ -45,7 +45,7 @@ def inline_deit(*, embed_dim: int, num_heads: int, depth: int = 12, **kwargs: An
         kwargs: further arguments of `vitarium.zoo.deit.DeiT`, which win over those set here.
     """
     mixers = [("inline", {"num_heads": num_heads, "qkv_bias": True})] * depth
-    return deit.deit(**{"mixers": mixers, "embed_dim": embed_dim, **kwargs})
+    return deit.DeiT(**{"mixers": mixers, "embed_dim": embed_dim, **kwargs})
 
 
 def inline_pvt(

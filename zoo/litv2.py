@@ -21,9 +21,14 @@ from vitarium.zoo.parts import Block, patch_stem
 from vitarium.zoo.pyramid import Pyramid
 from vitarium.zoo.registry import Published, register_family
 
+HIDDEN_BYTES = 2**23  # of hidden maps, which are slow to come by where they are larger
 
+
+@register_notrace_module  # one node to torch.fx: how it computes depends on the size
 class DepthwiseMlp(nn.Module):
     """A feed-forward network with a 3x3 depthwise convolution before its activation.
+
+    Without gradients a CPU takes large maps a few images after another.
 
     Args:
         dim: channels of a channels-last map.
@@ -41,6 +46,16 @@ class DepthwiseMlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if torch.is_grad_enabled() or x.device.type != "cpu" or traced:
+            return self._computed(x)
+        image = x.shape[1] * x.shape[2] * self.fc1.out_features * x.element_size()
+        images = max(1, HIDDEN_BYTES // image)
+        if images >= len(x):
+            return self._computed(x)
+        return torch.cat([self._computed(part) for part in x.split(images)])
+
+    def _computed(self, x: Tensor) -> Tensor:
         x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.drop2(self.fc2(self.drop1(self.act(x))))
 

@@ -12,6 +12,7 @@ where r has nine weights for every channel and image. Weights of the first sum t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -311,7 +312,7 @@ class InLineStripes(nn.Module):
         """`(B, H, W, C)` of queries, keys and values of that shape and `mean`, `(B, C)`."""
         partition = self.partition((query.shape[1], query.shape[2]))
         query, key, value = (partition.split(x) for x in (query, key, value))
-        stripes = len(query) // max(1, len(mean))
+        stripes = math.prod(partition.grid)
         heads = (x.flatten(1, 2).unflatten(-1, (self.num_heads, -1)) for x in (query, key, value))
         mean = mean.repeat_interleave(stripes, 0) if stripes > 1 else mean
         output = inline_attention(*heads, mean, self.residual, partition.window_size)

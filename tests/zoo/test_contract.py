@@ -26,6 +26,7 @@ FAMILIES = [
     "dinat_isotropic_small",
     "dinat_s_tiny",
     "flowformer_cv",
+    "inline_cswin_tiny",
     "inline_pvt_tiny",
     "litv2_small",
     "moh_transnext_small_75",
@@ -44,7 +45,7 @@ LEAVES_OUT = {
 # Families that do so between stages alone.
 MERGING_LEAVES_OUT = {"litv2_small"}
 # Families whose stem makes (L + 1) // 4 tokens of L pixels.
-OVERLAPPING = {"agent_cswin_tiny"}
+OVERLAPPING = {"agent_cswin_tiny", "inline_cswin_tiny"}
 # Families with tables of position biases or embeddings, or what stands for them, by how their
 # names end.
 TRANSNEXT = (

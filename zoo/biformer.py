@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vitarium.zoo.checkpoint import backbone_entries
 from vitarium.zoo.parts import BatchNorm, Block, PatchConv
@@ -77,7 +79,36 @@ class PatchMerging(nn.Module):
         return self.conv(self.norm(x))
 
 
-class PositionBlock(Block):
+class LeanBlock(Block):
+    """A block that keeps half as much for the backward pass, and computes a tenth more in it.
+
+    What is kept is little of routed attention and much of the feed-forward network. This keeps the
+    network's input alone.
+
+    Args: as of `Block`.
+    """
+
+    def _attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The map that attention's output is added to, and that output."""
+        return x, self.ls1(self.mixer(self.norm1(x)))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.ls2(self.mlp(self.norm2(x)))
+
+    def _recomputed(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """`function(x)`, of which the backward pass computes anew what it needs."""
+        if not torch.is_grad_enabled():
+            return function(x)
+        draws = self.training and self.mlp.drop1.p > 0  # the same numbers must be drawn again
+        return checkpoint(function, x, use_reentrant=False, preserve_rng_state=draws)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, mixed = self._attend(x)
+        x = x + self.drop_path1(mixed)
+        return x + self.drop_path2(self._recomputed(self._feed_forward, x))
+
+
+class PositionBlock(LeanBlock):
     """A block behind a residual depthwise 3x3 convolution, which tells positions apart.
 
     Args: as of `Block`.
@@ -87,8 +118,23 @@ class PositionBlock(Block):
         super().__init__(dim, mixer, **kwargs)
         self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x + self.pos_embed(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    def _attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super()._attend(x + self.pos_embed(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class _LeanAttention:
+    """Makes a block keep nothing of its attention either: for the largest maps, in few blocks."""
+
+    def _attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._recomputed(super()._attend, x)  # type: ignore[misc, attr-defined]
+
+
+class FirstBlock(_LeanAttention, LeanBlock):
+    """`LeanBlock` of the first stage."""
+
+
+class FirstPositionBlock(_LeanAttention, PositionBlock):
+    """`PositionBlock` of the first stage."""
 
 
 def biformer(
@@ -102,7 +148,7 @@ def biformer(
     side_dwconv: int = 5,
     routing: str = "bilevel_routing",
     dense: Any = "attention_lepe",
-    block: Callable[..., nn.Module] = PositionBlock,
+    blocks: Sequence[Callable[..., nn.Module]] = (FirstPositionBlock, PositionBlock),
     layer_scale: float | None = None,
     **kwargs: Any,
 ) -> Pyramid:
@@ -121,7 +167,7 @@ def biformer(
         side_dwconv: kernel size of the local enhancement of attention.
         routing: the mixer of the routed stages: its default, or "bilevel_routing_nchw".
         dense: the mixer spec of the last stage.
-        block: `block(dim, mixer, ...)` as `Block`.
+        blocks: the block of the first stage, and that of the others, each called as `Block`.
         layer_scale: initial layer scale; None for none.
         kwargs: further arguments of `Pyramid`, which win over those set here.
     """
@@ -136,9 +182,10 @@ def biformer(
     arguments = {
         "stem": BatchNormStem,
         "downsample": BatchNormDownsample,
-        "block": partial(
-            block, mlp_ratio=mlp_ratio, layer_scale=layer_scale, norm_layer=_LAYER_NORM
-        ),
+        "block": [
+            partial(block, mlp_ratio=mlp_ratio, layer_scale=layer_scale, norm_layer=_LAYER_NORM)
+            for block in (blocks[0], *[blocks[1]] * (len(depths) - 1))
+        ],
         "dims": dims,
         "mixers": [*routed, dense][: len(dims)],
         "norm_layer": BatchNorm,
@@ -151,7 +198,7 @@ def biformer_stl(**kwargs: Any) -> Pyramid:
 
     Args: as of `biformer`.
     """
-    layout = {"stem": PatchStem, "downsample": PatchMerging, "block": Block}
+    layout = {"stem": PatchStem, "downsample": PatchMerging, "blocks": (FirstBlock, LeanBlock)}
     shape = {"embed_dim": 96, "depths": (2, 2, 6, 2), "mlp_ratio": 4.0}
     return biformer(**{**layout, **shape, **kwargs})
 

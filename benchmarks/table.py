@@ -18,7 +18,7 @@ from vitarium import zoo
 from vitarium.benchmarks import flops
 from vitarium.ops import MIXERS, OPERATORS, Mixer
 
-_SIZES = ("nano", "mini", "tiny", "small", "base", "large")
+_SIZES = ("nano", "micro", "mini", "tiny", "small", "medium", "base", "large", "huge")
 _SIZE = re.compile(rf"_({'|'.join(_SIZES)})(?=_|$)")
 _ARXIV, _LINK = re.compile(r"\d{4}\.\d{5}"), r"[\g<0>](https://arxiv.org/abs/\g<0>)"
 _BACKENDS = {

@@ -165,6 +165,18 @@ def test_overlapping_windows(window_size: int, overlap_ratio: float, size: tuple
     torch.testing.assert_close(mixer(x), expected)
 
 
+def test_small_maps_that_are_not_square_are_one_group_in_dense_prediction() -> None:
+    """As the official code for detection: the map is padded to a square, which is not seen."""
+    arguments = {"num_heads": 2, "group_size": 6, "adaptive_interval": True, "lsda_flag": 1}
+    mixer = _drawn(LongShortDistanceAttention(32, dense_prediction=True, **arguments))
+    square = _drawn(LongShortDistanceAttention(32, num_heads=2, group_size=(9, 9)))
+    square.load_state_dict(mixer.state_dict())
+    x = _map(5, 9, 32)
+    torch.testing.assert_close(mixer(x), square(x))
+    assert mixer.layout(13, 30).dilation == (5, 5)  # the longer side in groups of 6
+    assert LongShortDistanceAttention(32, **arguments).layout(13, 30).dilation == (3, 3)
+
+
 MAPS_OF = [
     (WindowAttention, {"window_size": 4, "shift_size": 3}),
     (WindowAttention, {"window_size": 4, "shift_size": 3, "padding": "mask"}),

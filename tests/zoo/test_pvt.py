@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitarium import zoo
-from vitarium.zoo.pvt import Patches, Stem
+from vitarium.zoo.pvt import Patches, Stem, TokenwiseMlp
 
 FOLDER = Path(__file__).parents[1] / "data" / "parity"
 GOLDENS = sorted(FOLDER.glob("*_pvt_*.json.xz"))
@@ -143,3 +143,19 @@ def test_own_and_official_names_and_those_of_detectors_load(path, parity):
     zoo.load_checkpoint(headless, {**found, "neck.weight": torch.zeros(1)})
     for key, value in headless.state_dict().items():
         assert torch.equal(value, own[key]), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_feed_forward_of_parts_is_that_of_the_whole(dtype):
+    """Without gradients large maps are taken in parts: 2600 tokens of 512 hidden channels are."""
+    mlp = TokenwiseMlp(16, 512).to(dtype).eval()
+    x = torch.randn(2, 26, 50, 16, dtype=dtype)
+    calls = []
+    mlp.fc1.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
+    whole = mlp(x)
+    assert calls == [2]
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x), whole)
+        assert len(calls) > 4 and sum(calls[1:]) == 2600
+        assert mlp(x[:, :2]).shape == (2, 2, 50, 16)
+        assert calls[-1] == 2

@@ -21,7 +21,8 @@ from vitarium.zoo.parts import Block, PatchConv
 from vitarium.zoo.pyramid import Pyramid
 
 _PATCH_SIZE = 4  # pixels per patch of the stem; every later stage has patches of 2 x 2
-_HIDDEN_BYTES = 2**20  # of hidden tokens that stay in a core's cache
+_HIDDEN_BYTES = 2**21  # of hidden tokens that stay in a core's cache
+_WIDE = 256  # channels from which on products of few tokens lose more than that gains
 
 
 class Patches(nn.Module):
@@ -86,7 +87,7 @@ class TokenwiseMlp(Mlp):
         if traced or x.device.type != "cpu" or torch.is_grad_enabled() or self.training:
             return super().forward(x)
         tokens = max(1, _HIDDEN_BYTES // (self.fc1.out_features * x.element_size()))
-        if x[..., 0].numel() < 4 * tokens:
+        if self.fc1.in_features >= _WIDE or x[..., 0].numel() < 2 * tokens:
             return super().forward(x)
         parts = x.flatten(0, -2).split(tokens)
         return torch.cat([super(TokenwiseMlp, self).forward(part) for part in parts]).view(x.shape)

@@ -156,6 +156,6 @@ def test_feed_forward_of_parts_is_that_of_the_whole(dtype):
     assert calls == [2]
     with torch.no_grad():
         torch.testing.assert_close(mlp(x), whole)
-        assert len(calls) > 4 and sum(calls[1:]) == 2600
+        assert len(calls) > 3 and sum(calls[1:]) == 2600
         assert mlp(x[:, :2]).shape == (2, 2, 50, 16)
         assert calls[-1] == 2

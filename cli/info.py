@@ -88,13 +88,16 @@ def _checkpoints(name: str) -> Table:
     table = _plain_table("checkpoints", "tag", "what is known of it")
     bare = name.partition(".")[0]
     ours = bare in zoo.list_models()
-    for tagged in timm.list_pretrained(f"{bare}.*"):
+    known = timm.models.get_arch_pretrained_cfgs(bare)
+    # Ours also load from a file where there is nothing to download.
+    for tagged in sorted(known) if ours else timm.list_pretrained(f"{bare}.*"):
         cfg = flops.pretrained_cfg(tagged)
         published = zoo.published(tagged) if ours else None
         papers = [cfg.paper_ids] if isinstance(cfg.paper_ids, str) else cfg.paper_ids or []
         facts = [f"{cfg.input_size[-1]} pixels", f"licence {cfg.license or 'not stated'}", *papers]
         if published is not None and published.top1 is not None:
             facts.insert(1, f"top-1 {published.top1} %")
-        source = cfg.url or (f"hf-hub:{cfg.hf_hub_id}" if cfg.hf_hub_id else "")
-        table.add_row(cfg.tag or "", f"{', '.join(facts)}\n{source}")
+        source = cfg.url or (f"hf-hub:{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.origin_url)
+        lines = [", ".join(facts), source, None if cfg.url else cfg.description]
+        table.add_row(cfg.tag or "", "\n".join(filter(None, lines)))
     return table

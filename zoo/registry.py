@@ -63,14 +63,19 @@ def register_family(
 
     def entry_point(name: str, build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-            return build_model_with_cfg(
-                build,
-                name,
-                pretrained,
-                pretrained_filter_fn=checkpoint_filter_fn,
-                feature_cfg={"out_indices": tuple(out_indices), "feature_cls": "getter"},
-                **kwargs,
-            )
+            try:
+                return build_model_with_cfg(
+                    build,
+                    name,
+                    pretrained,
+                    pretrained_filter_fn=checkpoint_filter_fn,
+                    feature_cfg={"out_indices": tuple(out_indices), "feature_cls": "getter"},
+                    **kwargs,
+                )
+            except RuntimeError as error:
+                if "No pretrained weights exist" not in str(error):
+                    raise
+                raise RuntimeError(_no_download(name)) from error
 
         create.__name__ = create.__qualname__ = name
         create.__module__ = module
@@ -78,6 +83,16 @@ def register_family(
 
     for name, build in variants.items():
         setattr(namespace, name, register_model(entry_point(name, build)))
+
+
+def _no_download(name: str) -> str:
+    """Why there is nothing to download, and what to do instead."""
+    cfg = timm.get_pretrained_cfg(name)
+    return (
+        f"{name}: no weights can be downloaded. {cfg.description or ''} "
+        f"Published at {cfg.origin_url}. pretrained_cfg_overlay={{'file': PATH}} loads a file; "
+        "pretrained=False draws weights"
+    )
 
 
 def checkpoint_filter(model_name: str) -> CheckpointFilter | None:

@@ -24,6 +24,13 @@ def test_list_has_every_model_with_its_figures(capsys):
     assert line.split() == ["nat_mini.in1k", "20", "2.7", "224", "81.8", "mit"]
 
 
+def test_info_says_why_there_is_nothing_to_download(capsys):
+    assert main(["info", "agent_deit_tiny"]) == 0
+    text = capsys.readouterr().out
+    for expected in ("licence none stated", "cloud.tsinghua.edu.cn", "load from a file"):
+        assert expected in text
+
+
 def test_list_takes_a_pattern(capsys):
     assert main(["list", "dinat_s_*"]) == 0
     text = capsys.readouterr().out

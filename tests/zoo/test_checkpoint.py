@@ -380,3 +380,8 @@ def test_wrong_arguments_are_named(untouched, tmp_path):
         load_checkpoint("nat_mini", untouched.state_dict())
     with pytest.raises(ValueError, match=r"state dict: holds no state dict .*, but nothing"):
         load_checkpoint(untouched, {})
+
+
+def test_where_nothing_can_be_downloaded_the_error_says_what_to_do():
+    with pytest.raises(RuntimeError, match=r"agent_deit_tiny: no weights .* 'file'"):
+        create_model("agent_deit_tiny", pretrained=True)

@@ -80,11 +80,12 @@ class PatchConv(nn.Conv2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class BatchNorm(nn.BatchNorm2d):
+class BatchNorm(nn.BatchNorm1d):
     """Batch normalisation of the channels of a channels-last map."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        # As rows: compilers are mistaken about the layout of the gradient of permuted maps.
+        return super().forward(input.flatten(0, -2)).unflatten(0, input.shape[:-1])
 
 
 for _part in (PatchConv, BatchNorm):

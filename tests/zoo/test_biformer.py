@@ -11,7 +11,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitarium import zoo
+from vitarium.benchmarks.memory import peak_growth
 from vitarium.ops import Mixer
+from vitarium.zoo.parts import Block
 
 FOLDER = Path(__file__).parents[1] / "data" / "parity"
 GOLDENS = sorted(FOLDER.glob("biformer_*.json.xz"))
@@ -144,3 +146,58 @@ def test_images_may_have_any_size(name, size):
         assert [x.shape[2] for x in maps] == [-(-size[0] // r) for r in (4, 8, 16, 32)]
     else:  # the patches of Swin's layout leave out what does not fill one
         assert [x.shape[2] for x in maps] == [max(1, size[0] // r) for r in (4, 8, 16, 32)]
+
+
+# --- what blocks keep for the backward pass ------------------------------------------------------
+
+
+class _PlainPositionBlock(Block):
+    """The block as the paper writes it, which keeps everything."""
+
+    def __init__(self, dim, mixer, **kwargs):
+        super().__init__(dim, mixer, **kwargs)
+        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x):
+        return super().forward(x + self.pos_embed(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+def _trained(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    """Outputs and gradients of a training step with random numbers that are always the same."""
+    torch.manual_seed(3)
+    for module in model.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0  # its place among the random numbers differs
+    output = model.train()(images)
+    output.square().sum().backward()
+    return [output, *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_recomputed_blocks_have_the_gradients_of_the_plain_ones(rate):
+    small = {"embed_dim": 32, "depths": (1, 1, 1, 1), "proj_drop_rate": rate, "num_classes": 5}
+    lean = timm.create_model("biformer_tiny", **small).double()
+    plain = timm.create_model("biformer_tiny", blocks=(_PlainPositionBlock,) * 2, **small).double()
+    plain.load_state_dict(lean.state_dict())
+    images = torch.randn(2, 3, 64, 48, dtype=torch.float64)
+    torch.testing.assert_close(_trained(lean, images), _trained(plain, images))
+
+
+def test_recomputed_blocks_keep_half_as_much():
+    sizes = []
+    for blocks in ({}, {"blocks": (_PlainPositionBlock,) * 2}):
+        model = timm.create_model("biformer_tiny", depths=(1, 1, 1, 1), embed_dim=32, **blocks)
+        images = torch.randn(1, 3, 320, 320)
+        model(images).sum().backward()  # gradients are there already: they are not counted
+        sizes.append(peak_growth(lambda model=model, images=images: model(images).sum().backward()))
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_training_compiles_to_one_graph():
+    torch._dynamo.reset()
+    model = timm.create_model("biformer_tiny", embed_dim=32, depths=(1, 1, 1, 1), num_classes=5)
+    images = torch.randn(2, 3, 64, 48)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    eager = [t.clone() for t in _trained(model, images)]
+    model.zero_grad(set_to_none=True)
+    torch.testing.assert_close(_trained(compiled, images), eager)

@@ -383,5 +383,5 @@ def test_wrong_arguments_are_named(untouched, tmp_path):
 
 
 def test_where_nothing_can_be_downloaded_the_error_says_what_to_do():
-    with pytest.raises(RuntimeError, match=r"agent_deit_tiny: no weights .* 'file'"):
+    with pytest.raises(RuntimeError, match=r"agent_deit_tiny: no weights .*'file'"):
         create_model("agent_deit_tiny", pretrained=True)

@@ -60,7 +60,8 @@ def _peer(attend: Attend) -> Peer:
     ) -> Tensor:
         q, k, v, a = (x.flatten(1, -3).transpose(1, 2) for x in (query, key, value, agent))
         output = attend(q, a, attend(a, k, v, agent_bias), query_bias).transpose(1, 2)
-        return output.unflatten(1, query.shape[1:-2])
+        # As the operator gives it: the projection that follows would copy it.
+        return output.unflatten(1, query.shape[1:-2]).contiguous()
 
     return Peer(lambda case, device: run, devices=("cpu", "cuda"))
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from vitarium.zoo import cswin, deit, pvt, swin
-from vitarium.zoo.leaplab import register_host
+from vitarium.zoo.leaplab import register_paper
 from vitarium.zoo.pyramid import Pyramid
 from vitarium.zoo.registry import Published
 
@@ -228,37 +228,14 @@ CSWIN: dict[str, Callable[..., Pyramid]] = {
 
 WHOLE = frozenset({"agent_swin_small_288", "agent_swin_base_384"})  # evaluated without crop
 
-_PAPER = {
-    "paper_ids": "arXiv:2312.08874",
-    "paper_name": "Agent Attention: On the Integration of Softmax and Linear Attention",
-    "classifier": "head.fc",
-}
-_register = partial(
-    register_host,
+register_paper(
     __name__,
+    {"deit": DEIT, "pvt": PVT, "swin": SWIN, "cswin": CSWIN},
     checkpoints=CHECKPOINTS,
     whole=WHOLE,
     repository="https://github.com/LeapLabTHU/Agent-Attention",
-)
-_register(
-    DEIT,
-    checkpoint_filter_fn=deit.checkpoint_filter_fn,
-    configuration={**_PAPER, "first_conv": "patch_embed.proj", "classifier": "head"},
-    stride=None,
-    out_indices=(2, 5, 8, 11),
-)
-_register(
-    PVT,
-    checkpoint_filter_fn=pvt.checkpoint_filter_fn,
-    configuration={**_PAPER, "first_conv": "stem.proj"},
-)
-_register(
-    SWIN,
-    checkpoint_filter_fn=swin.checkpoint_filter_fn,
-    configuration={**_PAPER, "first_conv": "stem.proj"},
-)
-_register(
-    CSWIN,
-    checkpoint_filter_fn=cswin.checkpoint_filter_fn,
-    configuration={**_PAPER, "first_conv": "stem.conv"},
+    paper={
+        "paper_ids": "arXiv:2312.08874",
+        "paper_name": "Agent Attention: On the Integration of Softmax and Linear Attention",
+    },
 )

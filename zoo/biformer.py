@@ -10,14 +10,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitarium.zoo.checkpoint import backbone_entries
 from vitarium.zoo.parts import BatchNorm, Block, PatchConv
 from vitarium.zoo.pyramid import Pyramid
-from vitarium.zoo.registry import Published, register_family
+from vitarium.zoo.registry import Published, imagenet_cfg, register_family
 
 _LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
 
@@ -227,22 +226,15 @@ CHECKPOINTS: dict[str, tuple[str, Published]] = {
 
 def _default_cfg(name: str, share: str) -> dict[str, Any]:
     """timm's configuration of the checkpoint `name` = "model.tag"; see the official evaluation."""
-    return {
-        "origin_url": f"https://api.onedrive.com/v1.0/shares/s!AkBbczdRlZv{share}/root/content",
-        "description": "The authors' address of this checkpoint no longer answers; load a file.",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv" if "_stl" in name else "stem.conv1",
-        "classifier": "head.fc",
-        "license": "mit",
-        "paper_ids": "arXiv:2303.08810",
-        "paper_name": "BiFormer: Vision Transformer with Bi-Level Routing Attention",
-    }
+    return imagenet_cfg(
+        224,
+        origin_url=f"https://api.onedrive.com/v1.0/shares/s!AkBbczdRlZv{share}/root/content",
+        description="The authors' address of this checkpoint no longer answers; load a file.",
+        first_conv="stem.conv" if "_stl" in name else "stem.conv1",
+        license="mit",
+        paper_ids="arXiv:2303.08810",
+        paper_name="BiFormer: Vision Transformer with Bi-Level Routing Attention",
+    )
 
 
 # Official names, which number the layers of sequences, and ours.

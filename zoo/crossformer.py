@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from vitarium.zoo.checkpoint import backbone_entries
 from vitarium.zoo.parts import Block
 from vitarium.zoo.pyramid import Pyramid
-from vitarium.zoo.registry import Published, register_family
+from vitarium.zoo.registry import Published, imagenet_cfg, register_family
 
 
 @register_notrace_module  # one node to torch.fx: its size arithmetic is Python
@@ -274,23 +273,16 @@ def _default_cfg(name: str) -> dict[str, Any]:
     _, page, figures = MODELS[name]
     size = figures.resolution
     paper = "2303.06908" if "_pp_" in name else "2108.00154"
-    return {
-        "num_classes": 1000,
-        "input_size": (3, size, size),
-        "pool_size": (size // 32, size // 32),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": tuple(f"stem.embed.convs.{i}" for i in range(4)),
-        "classifier": "head.fc",
-        "license": "mit",
-        "paper_ids": f"arXiv:{paper}",
-        "paper_name": "CrossFormer++" if "_pp_" in name else "CrossFormer",
-        "origin_url": page,
-        "description": "The weights are behind a page that no program can download from; "
+    return imagenet_cfg(
+        size,
+        first_conv=tuple(f"stem.embed.convs.{i}" for i in range(4)),
+        license="mit",
+        paper_ids=f"arXiv:{paper}",
+        paper_name="CrossFormer++" if "_pp_" in name else "CrossFormer",
+        origin_url=page,
+        description="The weights are behind a page that no program can download from; "
         "code: https://github.com/cheerss/CrossFormer",
-    }
+    )
 
 
 # Patterns of official names, and ours, applied in turn. Official stages end with the downsampler

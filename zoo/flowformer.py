@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import register_notrace_module, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from vitarium.zoo.parts import Block, PatchConv
 from vitarium.zoo.pyramid import Pyramid
-from vitarium.zoo.registry import Published, register_family
+from vitarium.zoo.registry import Published, imagenet_cfg, register_family
 
 _LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
 _PATCH = 4  # pixels along each axis
@@ -106,22 +105,15 @@ def flowformer(
 
 VARIANTS: dict[str, Callable[..., Pyramid]] = {"flowformer_cv": flowformer}
 
-_CFG = {
-    "origin_url": "https://cloud.tsinghua.edu.cn/d/82d93375f97f4ca58886/",
-    "description": "The authors publish this checkpoint on a drive's page; load the file from it.",
-    "num_classes": 1000,
-    "input_size": (3, 224, 224),
-    "pool_size": (7, 7),
-    "crop_pct": 0.875,
-    "interpolation": "bicubic",
-    "mean": IMAGENET_DEFAULT_MEAN,
-    "std": IMAGENET_DEFAULT_STD,
-    "first_conv": "stem.conv",
-    "classifier": "head.fc",
-    "license": "mit",
-    "paper_ids": "arXiv:2202.06258",
-    "paper_name": "Flowformer: Linearizing Transformers with Conservation Flows",
-}
+_CFG = imagenet_cfg(
+    224,
+    origin_url="https://cloud.tsinghua.edu.cn/d/82d93375f97f4ca58886/",
+    description="The authors publish this checkpoint on a drive's page; load the file from it.",
+    first_conv="stem.conv",
+    license="mit",
+    paper_ids="arXiv:2202.06258",
+    paper_name="Flowformer: Linearizing Transformers with Conservation Flows",
+)
 
 
 def _rename(key: str) -> str:

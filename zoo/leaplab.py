@@ -2,46 +2,88 @@
 
 import re
 from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from vitarium.zoo.registry import CheckpointFilter, Published, register_family
+from vitarium.zoo import cswin, deit, pvt, swin
+from vitarium.zoo.registry import CheckpointFilter, Published, imagenet_cfg, register_family
 
 Checkpoints = Mapping[str, tuple[str, Published]]
 
 _CLOUD = "https://cloud.tsinghua.edu.cn/f"
 
 
-def register_host(
+@dataclass(frozen=True)
+class Host:
+    """A network whose attention the papers replace.
+
+    Attributes:
+        checkpoint_filter_fn: maps official state-dict keys to ours.
+        first_conv, classifier: names of these layers.
+        stride: pixels per token of the last map, along each axis; None for models of sequences.
+        out_indices: stages that `features_only=True` returns unless told otherwise.
+    """
+
+    checkpoint_filter_fn: CheckpointFilter
+    first_conv: str
+    classifier: str = "head.fc"
+    stride: int | None = 32
+    out_indices: tuple[int, ...] = (0, 1, 2, 3)
+
+
+HOSTS = {
+    "deit": Host(
+        deit.checkpoint_filter_fn,
+        "patch_embed.proj",
+        classifier="head",
+        stride=None,
+        out_indices=(2, 5, 8, 11),
+    ),
+    "pvt": Host(pvt.checkpoint_filter_fn, "stem.proj"),
+    "swin": Host(swin.checkpoint_filter_fn, "stem.proj"),
+    "cswin": Host(cswin.checkpoint_filter_fn, "stem.conv"),
+}
+
+
+def register_paper(
+    module: str, variants: Mapping[str, Mapping[str, Callable[..., nn.Module]]], **paper: Any
+) -> None:
+    """Register a paper's models.
+
+    Args:
+        module: the paper's module.
+        variants: by the host's name and the registered one, what makes the model.
+        paper: arguments of `_register_host` that all hosts have in common.
+    """
+    for name, models in variants.items():
+        _register_host(module, models, HOSTS[name], **paper)
+
+
+def _register_host(
     module: str,
     variants: Mapping[str, Callable[..., nn.Module]],
+    host: Host,
     *,
     checkpoints: Checkpoints,
     whole: Set[str],
     repository: str,
-    checkpoint_filter_fn: CheckpointFilter,
-    configuration: Mapping[str, Any],
-    stride: int | None = 32,
-    out_indices: tuple[int, ...] = (0, 1, 2, 3),
+    paper: Mapping[str, str],
 ) -> None:
-    """Register a paper's models of one host network.
+    """Register a paper's models of one host.
 
     Images are resized to squares whatever their shape, then cropped, as in the official evaluation.
 
     Args:
-        module: the paper's module.
-        variants: by registered name, what makes the model.
+        module, variants: as of `register_paper`, of the host.
+        host: the network.
         checkpoints: by registered name, the last part of the checkpoint's address and the figures;
             models that are not in it have none.
         whole: names of models that see whole images, not cropped ones.
         repository: the official one.
-        checkpoint_filter_fn: maps official state-dict keys to ours.
-        configuration: further entries of timm's configurations, those of the paper and the host.
-        stride: pixels per token of the last map, along each axis; None for models of sequences.
-        out_indices: stages that `features_only=True` returns unless told otherwise.
+        paper: entries of timm's configurations that name it.
     """
     default_cfgs, published = {}, {}
     for name in variants:
@@ -50,27 +92,26 @@ def register_host(
         size = figures.resolution if figures else int(suffix[1]) if suffix else 224
         if figures:
             published[f"{name}.in1k"] = figures
-        default_cfgs[f"{name}.in1k" if figures else name] = {
-            "num_classes": 1000,
-            "input_size": (3, size, size),
-            "pool_size": (size // stride, size // stride) if stride else None,
+        cfg = {
             "crop_pct": 1.0 if name in whole else 0.875,
             "crop_mode": "squash",
-            "interpolation": "bicubic",
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
             "license": "none stated",
             "origin_url": f"{_CLOUD}/{address}/?dl=1" if address else repository,
             "description": _description(address, repository),
-            **configuration,
+            "first_conv": host.first_conv,
+            "classifier": host.classifier,
+            **paper,
         }
+        default_cfgs[f"{name}.in1k" if figures else name] = imagenet_cfg(
+            size, stride=host.stride, **cfg
+        )
     register_family(
         module,
         variants,
         default_cfgs=default_cfgs,
         published=published,
-        checkpoint_filter_fn=partial(_in_our_shapes, checkpoint_filter_fn),
-        out_indices=out_indices,
+        checkpoint_filter_fn=partial(_in_our_shapes, host.checkpoint_filter_fn),
+        out_indices=host.out_indices,
     )
 
 

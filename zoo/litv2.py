@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, register_notrace_module
 from torch import Tensor, nn
 
 from vitarium.zoo.checkpoint import backbone_entries
 from vitarium.zoo.parts import Block, patch_stem
 from vitarium.zoo.pyramid import Pyramid
-from vitarium.zoo.registry import Published, register_family
+from vitarium.zoo.registry import Published, imagenet_cfg, register_family
 
 HIDDEN_BYTES = 2**23  # of hidden maps, which are slow to come by where they are larger
 
@@ -255,23 +254,16 @@ def _default_cfg(name: str) -> dict[str, Any]:
     """
     path, figures = CHECKPOINTS[name]
     size = figures.resolution
-    whole = {"crop_pct": 1.0, "crop_mode": "squash"}
-    return {
-        "url": f"https://github.com/ziplab/LITv2/releases/download/{path}.pth",
-        "num_classes": 1000,
-        "input_size": (3, size, size),
-        "pool_size": (size // 32, size // 32),
-        **(whole if size == 384 else {"crop_pct": 0.875}),
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.proj",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2205.13213",
-        "paper_name": "Fast Vision Transformers with HiLo Attention",
-        "origin_url": "https://github.com/ziplab/LITv2",
-    }
+    return imagenet_cfg(
+        size,
+        url=f"https://github.com/ziplab/LITv2/releases/download/{path}.pth",
+        **({"crop_pct": 1.0, "crop_mode": "squash"} if size == 384 else {}),
+        first_conv="stem.proj",
+        license="apache-2.0",
+        paper_ids="arXiv:2205.13213",
+        paper_name="Fast Vision Transformers with HiLo Attention",
+        origin_url="https://github.com/ziplab/LITv2",
+    )
 
 
 # Patterns of official names, and ours, applied in turn. Official stages end with the downsampler

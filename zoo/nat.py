@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from vitarium.zoo.parts import Block, ConvDownsample, ConvStem, patch_stem
 from vitarium.zoo.pyramid import Pyramid
-from vitarium.zoo.registry import Published, register_family
+from vitarium.zoo.registry import Published, imagenet_cfg, register_family
 
 
 def _neighborhood(num_heads: int, kernel_size: int, dilations: Sequence[int]) -> list[Any]:
@@ -228,22 +227,18 @@ def _default_cfg(name: str, path: str) -> dict[str, Any]:
     size, stride = (384 if "_384" in model else 224), (16 if is_isotropic else 32)
     overlapping = not is_isotropic and not model.startswith("dinat_s_")
     dilated = not is_nat or is_isotropic
-    return {
-        "url": f"https://shi-labs.com/projects/{path}",
-        "num_classes": 21841 if tag == "in22k" else 1000,
-        "input_size": (3, size, size),
-        "pool_size": (size // stride, size // stride),
-        "crop_pct": 1.0 if size == 384 else 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1" if overlapping else "stem.proj",
-        "classifier": "head.fc",
-        "license": "mit",
-        "paper_ids": "arXiv:2209.15001" if dilated else "arXiv:2204.07143",
-        "paper_name": f"{'Dilated ' if dilated else ''}Neighborhood Attention Transformer",
-        "origin_url": "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
-    }
+    return imagenet_cfg(
+        size,
+        stride=stride,
+        url=f"https://shi-labs.com/projects/{path}",
+        num_classes=21841 if tag == "in22k" else 1000,
+        crop_pct=1.0 if size == 384 else 0.875,
+        first_conv="stem.conv1" if overlapping else "stem.proj",
+        license="mit",
+        paper_ids="arXiv:2209.15001" if dilated else "arXiv:2204.07143",
+        paper_name=f"{'Dilated ' if dilated else ''}Neighborhood Attention Transformer",
+        origin_url="https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
+    )
 
 
 def _rename(key: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -33,6 +34,27 @@ class Published:
 
 _PUBLISHED: dict[str, Published] = {}  # by "model.tag"
 _FILTERS: dict[str, CheckpointFilter] = {}  # by model
+
+
+def imagenet_cfg(size: int, *, stride: int | None = 32, **further: Any) -> dict[str, Any]:
+    """timm's configuration of a checkpoint of ImageNet-1K, with timm's own evaluation.
+
+    Args:
+        size: pixels of the square images.
+        stride: pixels per token of the last map, along each axis; None for models of sequences.
+        further: entries that are added, or stand instead.
+    """
+    return {
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "pool_size": (size // stride, size // stride) if stride else None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "classifier": "head.fc",
+        **further,
+    }
 
 
 def register_family(

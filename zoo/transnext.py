@@ -11,12 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from vitarium.zoo.parts import Block
 from vitarium.zoo.pyramid import Pyramid
-from vitarium.zoo.registry import Published, register_family
+from vitarium.zoo.registry import Published, imagenet_cfg, register_family
 
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)  # of blocks and stages
 
@@ -205,20 +204,9 @@ def default_cfg(size: int, **further: Any) -> dict[str, Any]:
 
     From 384 pixels on images are not cropped, but resized whatever their shape.
     """
-    crop = {"crop_pct": 0.875} if size < 384 else {"crop_pct": 1.0, "crop_mode": "squash"}
-    return {
-        "num_classes": 1000,
-        "input_size": (3, size, size),
-        "pool_size": (size // 32, size // 32),
-        **crop,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.proj",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        **further,
-    }
+    whole = {"crop_pct": 1.0, "crop_mode": "squash"} if size >= 384 else {}
+    cfg = {"first_conv": "stem.proj", "license": "apache-2.0", **whole, **further}
+    return imagenet_cfg(size, **cfg)
 
 
 def _default_cfg(name: str) -> dict[str, Any]:

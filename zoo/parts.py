@@ -2,9 +2,15 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, Mlp, PatchEmbed, register_notrace_module
 from torch import Tensor, nn
+
+from vitarium.ops.dispatch import plain_aten
+
+_HIDDEN_BYTES = 2**21  # of hidden tokens that stay in a core's cache
+_WIDE = 256  # channels from which on products of few tokens lose more than that gains
 
 
 class ConvStem(nn.Module):
@@ -88,7 +94,25 @@ class BatchNorm(nn.BatchNorm1d):
         return super().forward(input.flatten(0, -2)).unflatten(0, input.shape[:-1])
 
 
-for _part in (PatchConv, BatchNorm):
+class TokenwiseMlp(Mlp):
+    """timm's feed-forward network; without gradients a CPU takes tokens as its cache holds them.
+
+    The hidden map of a first stage is several times as wide as the map: new memory for it takes as
+    long as the products.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        traced = torch.compiler.is_compiling() or plain_aten()
+        if traced or x.device.type != "cpu" or torch.is_grad_enabled() or self.training:
+            return super().forward(x)
+        tokens = max(1, _HIDDEN_BYTES // (self.fc1.out_features * x.element_size()))
+        if self.fc1.in_features >= _WIDE or x[..., 0].numel() < 2 * tokens:
+            return super().forward(x)
+        parts = x.flatten(0, -2).split(tokens)
+        return torch.cat([super(TokenwiseMlp, self).forward(part) for part in parts]).view(x.shape)
+
+
+for _part in (PatchConv, BatchNorm, TokenwiseMlp):
     register_notrace_module(_part)  # one node to torch.fx: it looks at sizes in Python
 
 
@@ -116,7 +140,7 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         proj_drop: float = 0.0,
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
-        mlp_layer: Callable[..., nn.Module] = Mlp,
+        mlp_layer: Callable[..., nn.Module] = TokenwiseMlp,
     ) -> None:
         super().__init__()
         self.norm1 = norm_layer(dim)

@@ -12,17 +12,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, register_notrace_module, trunc_normal_
+from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
-from vitarium.ops.dispatch import plain_aten
 from vitarium.zoo.checkpoint import backbone_entries
 from vitarium.zoo.parts import Block, PatchConv
 from vitarium.zoo.pyramid import Pyramid
 
 _PATCH_SIZE = 4  # pixels per patch of the stem; every later stage has patches of 2 x 2
-_HIDDEN_BYTES = 2**21  # of hidden tokens that stay in a core's cache
-_WIDE = 256  # channels from which on products of few tokens lose more than that gains
 
 
 class Patches(nn.Module):
@@ -75,25 +72,7 @@ class Stem(Patches):
         return super().forward(x.permute(0, 2, 3, 1))
 
 
-class TokenwiseMlp(Mlp):
-    """timm's feed-forward network; without gradients a CPU takes tokens as its cache holds them.
-
-    The hidden map of the first stage is eight times as wide as the map: new memory for it takes as
-    long as the products.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        traced = torch.compiler.is_compiling() or plain_aten()
-        if traced or x.device.type != "cpu" or torch.is_grad_enabled() or self.training:
-            return super().forward(x)
-        tokens = max(1, _HIDDEN_BYTES // (self.fc1.out_features * x.element_size()))
-        if self.fc1.in_features >= _WIDE or x[..., 0].numel() < 2 * tokens:
-            return super().forward(x)
-        parts = x.flatten(0, -2).split(tokens)
-        return torch.cat([super(TokenwiseMlp, self).forward(part) for part in parts]).view(x.shape)
-
-
-for _part in (Stem, Patches, TokenwiseMlp):
+for _part in (Stem, Patches):
     register_notrace_module(_part)  # one node to torch.fx: its size arithmetic is Python
 
 
@@ -127,10 +106,7 @@ def pvt(
     arguments = {
         "stem": partial(Stem, patch_size=_PATCH_SIZE, map_size=first),
         "downsample": [None, *(partial(Patches, map_size=size) for size in sizes)],
-        "block": [
-            partial(Block, mlp_ratio=ratio, norm_layer=norm, mlp_layer=TokenwiseMlp)
-            for ratio in mlp_ratios
-        ],
+        "block": [partial(Block, mlp_ratio=ratio, norm_layer=norm) for ratio in mlp_ratios],
         "norm_layer": nn.Identity,
         "stem_stride": _PATCH_SIZE,
     }

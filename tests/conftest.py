@@ -11,8 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
-from torch import Tensor
+from timm.models import PretrainedCfg
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitarium import zoo
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each
     torch.set_num_threads(1)
@@ -22,7 +27,8 @@ class Parity:
     """Goldens of official code: names, shapes and outputs, for weights that a rule draws.
 
     Every value is drawn from the standard normal distribution, seeded by the CRC-32 of the
-    tensor's name, so a golden needs to hold no weights.
+    tensor's name, so a golden needs to hold no weights. Beside the goldens lie tables of what is
+    published of each model, whose rows models are compared with.
     """
 
     @staticmethod
@@ -70,6 +76,100 @@ class Parity:
         atol = tolerance * output.abs().max().item()
         found = output.flatten()[: len(known)]
         torch.testing.assert_close(found, known, rtol=tolerance, atol=atol)
+
+    # --- models, their features and their logits -------------------------------------------------
+
+    @classmethod
+    def official(
+        cls,
+        golden: Mapping[str, Any],
+        folder: Path,
+        name: str | None = None,
+        stored: Mapping[str, Any] | None = None,
+        **arguments: Any,
+    ) -> nn.Module:
+        """A float64 model in evaluation, with as many parameters as the golden's.
+
+        Its weights are the golden's, which timm loads strictly from a file.
+
+        Args:
+            golden: what `load` returns; its "arguments", if any, are the model's.
+            folder: where the file is written.
+            name: the registered name of the model; by default the golden's "model".
+            stored: what the file holds; by default the weights under "model".
+            arguments: further arguments of the model.
+        """
+        file = folder / "official.pth"
+        torch.save(stored or {"model": cls.state_dict(golden["state_dict"])}, file)
+        model = timm.create_model(
+            name or golden["model"],
+            pretrained=True,
+            pretrained_cfg_overlay={"file": str(file)},
+            dtype=torch.float64,
+            **golden.get("arguments", {}),
+            **arguments,
+        ).eval()
+        assert sum(p.numel() for p in model.parameters()) == golden["params"]
+        return model
+
+    @staticmethod
+    def close_features(computed: Iterable[Tensor], listed: Iterable[Mapping[str, Any]]) -> None:
+        """Asserts that features are those that a golden lists, in the same order.
+
+        Their shapes are equal, and their means, standard deviations and first values within 1e-6
+        of the standard deviation. A map in NHWC is compared as tokens where tokens are listed.
+        """
+        for have, want in zip(computed, listed, strict=True):
+            if have.ndim == 4 and len(want["shape"]) == 3:
+                have = have.flatten(1, 2)
+            name, tolerance = want.get("name", want.get("stage")), 1e-6 * want["std"]
+            first = want["first"] if "first" in want else want["first8"]
+            assert list(have.shape) == want["shape"], name
+            assert have.mean().item() == pytest.approx(want["mean"], abs=tolerance), name
+            assert have.std(unbiased=False).item() == pytest.approx(want["std"], abs=tolerance)
+            assert have.flatten()[: len(first)].tolist() == pytest.approx(first, abs=tolerance)
+
+    @staticmethod
+    def close_logits(computed: Tensor, golden: Mapping[str, Any]) -> None:
+        """Asserts that logits are the golden's within 1e-6 of their standard deviation."""
+        logits = torch.tensor(golden["logits"], dtype=torch.float64)
+        assert (computed - logits).abs().max() < 1e-6 * logits.std()
+
+    # --- published figures -----------------------------------------------------------------------
+
+    @staticmethod
+    def cost(name: str, resolution: int) -> tuple[int, float]:
+        """The parameters of a model, and its billions of multiply-adds on one square image."""
+        model = timm.create_model(name, device="meta").eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.empty(1, 3, resolution, resolution, device="meta"))
+        # The counter has 2 operations per multiply-add, papers have 1.
+        return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2e9
+
+    @staticmethod
+    def check_published(name: str, row: Mapping[str, Any], **fields: Any) -> PretrainedCfg:
+        """Asserts that a model states a published row, and returns its configuration for timm.
+
+        The figures are the row's, and so is the input size; there are 1000 classes; the first
+        convolutions and the classifier are where the configuration says.
+
+        Args:
+            name: the registered name of the model.
+            row: an entry of a table of published figures.
+            fields: what further fields of the configuration hold.
+        """
+        size = row["resolution"]
+        figures = zoo.Published(row["top1"], row["params_M"], row["gflops"], size)
+        assert zoo.published(name) == figures
+        cfg = timm.get_pretrained_cfg(name)
+        assert cfg.input_size == (3, size, size)
+        assert cfg.num_classes == 1000
+        assert {field: getattr(cfg, field) for field in fields} == fields
+        model = timm.create_model(name, device="meta")
+        convs = [cfg.first_conv] if isinstance(cfg.first_conv, str) else cfg.first_conv
+        assert all(isinstance(model.get_submodule(conv), nn.Conv2d) for conv in convs)
+        assert model.get_submodule(cfg.classifier) is model.get_classifier()
+        return cfg
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,9 +10,8 @@ import timm
 import torch
 from timm.models._features_fx import FeatureGraphNet
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from vitarium import zoo
+import vitarium.zoo  # noqa: F401
 
 FOLDER = Path(__file__).parents[1] / "data" / "parity"
 GOLDENS = sorted(FOLDER.glob("*_deit_*.json.xz"))
@@ -57,28 +56,14 @@ def models():
 def test_official_weights_give_official_outputs(path, parity, tmp_path):
     """In float64, within 1e-6 of the spread: patches, some blocks and logits."""
     golden = parity.load(path)
-    file = tmp_path / "official.pth"
-    torch.save({"model": parity.state_dict(golden["state_dict"])}, file)
-    model = timm.create_model(
-        path.name.split(".")[0],
-        pretrained=True,
-        pretrained_cfg_overlay={"file": str(file)},
-        dtype=torch.float64,
-    ).eval()
-    assert sum(p.numel() for p in model.parameters()) == golden["params"]
+    model = parity.official(golden, tmp_path, path.name.split(".")[0])
     images = parity.image(*golden["input"])
     final, taps = model.forward_intermediates(images, output_fmt="NLC", return_prefix_tokens=True)
     computed = {f"blocks.{i}": torch.cat([b, a], 1) for i, (a, b) in enumerate(taps)}
     computed["patch_embed"] = model.patch_embed(images).flatten(1, 2)
-    for want in golden["features"]:
-        have = computed[want["name"]]
-        assert list(have.shape) == want["shape"], want["name"]
-        tolerance = 1e-6 * want["std"]
-        assert have.mean().item() == pytest.approx(want["mean"], abs=tolerance), want["name"]
-        assert have.std(unbiased=False).item() == pytest.approx(want["std"], abs=tolerance)
-        assert have.flatten()[:8].tolist() == pytest.approx(want["first8"], abs=tolerance)
-    logits = torch.tensor(golden["logits"], dtype=torch.float64)
-    assert (model.forward_head(final) - logits).abs().max() < 1e-6 * logits.std()
+    listed = golden["features"]
+    parity.close_features([computed[want["name"]] for want in listed], listed)
+    parity.close_logits(model.forward_head(final), golden)
 
 
 def test_there_are_goldens_and_rows():
@@ -88,22 +73,13 @@ def test_there_are_goldens_and_rows():
 
 
 @pytest.mark.parametrize("row", ROWS, ids=_name)
-def test_size_and_cost_are_the_published_ones(row):
+def test_size_and_cost_are_the_published_ones(row, parity):
     """The measured parameters exactly; the published figures within 1 % or their rounding."""
-    size = row["resolution"]
-    model = timm.create_model(_name(row), device="meta").eval()
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, gflops = parity.cost(_name(row), row["resolution"])
     assert parameters == row["params_measured"]
     assert parameters / 1e6 == pytest.approx(row["params_M"], rel=0.01)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, 3, size, size, device="meta"))
-    # The counter has 2 operations per multiply-add, papers have 1.
-    gflops = counter.get_total_flops() / 2e9
     assert gflops == pytest.approx(row["gflops"], rel=0.01, abs=0.05)
-    assert zoo.published(_name(row)) == zoo.Published(
-        row["top1"], row["params_M"], row["gflops"], size
-    )
-    assert timm.get_pretrained_cfg(_name(row)).input_size == (3, size, size)
+    parity.check_published(_name(row), row)
 
 
 def test_the_base_model_attends_densely_after_four_blocks():

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 import timm
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from vitarium import zoo
 
@@ -26,29 +24,24 @@ every_row = pytest.mark.parametrize("row", ROWS, ids=_name)
 
 
 @every_row
-def test_size_and_cost_are_the_published_ones(row):
+def test_size_and_cost_are_the_published_ones(row, parity):
     """The measured parameters exactly; the published figures within 1 % or their rounding."""
-    model = timm.create_model(_name(row), device="meta").eval()
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, gflops = parity.cost(_name(row), row["resolution"])
     assert parameters == row["params_measured"]
     assert parameters / 1e6 == pytest.approx(row["params_M"], rel=0.01, abs=0.5)
-    image = torch.empty(1, 3, row["resolution"], row["resolution"], device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
-    # The counter has 2 operations per multiply-add, papers have 1.
-    assert counter.get_total_flops() / 2e9 == pytest.approx(row["gflops"], rel=0.01)
+    assert gflops == pytest.approx(row["gflops"], rel=0.01)
 
 
 @every_row
-def test_configuration_and_figures(row):
-    figures = zoo.published(_name(row))
-    assert figures == zoo.Published(row["top1"], row["params_M"], row["gflops"], row["resolution"])
-    cfg = timm.get_pretrained_cfg(_name(row))
-    assert cfg.url == row["checkpoint_url"]
-    assert cfg.input_size == (3, row["resolution"], row["resolution"])
-    assert cfg.paper_ids == f"arXiv:{row['paper']}"
-    assert (cfg.license, cfg.num_classes) == ("mit", 1000)
-    assert cfg.tag == ("in22k_ft_in1k" if row.get("pretraining") else "in1k")
+def test_configuration_and_figures(row, parity):
+    parity.check_published(
+        _name(row),
+        row,
+        url=row["checkpoint_url"],
+        license="mit",
+        paper_ids=f"arXiv:{row['paper']}",
+        tag="in22k_ft_in1k" if row.get("pretraining") else "in1k",
+    )
 
 
 def test_every_pretraining_checkpoint_has_a_tag():

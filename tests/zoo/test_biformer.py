@@ -8,7 +8,6 @@ import pytest
 import timm
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from vitarium import zoo
 from vitarium.benchmarks.memory import peak_growth
@@ -39,19 +38,9 @@ every_row = pytest.mark.parametrize("row", ROWS, ids=_name)
 def test_official_weights_give_official_outputs(path, parity, tmp_path):
     """In float64, within 1e-6 of the spread: every stage, and logits where there is a head."""
     golden = parity.load(path)
-    file = tmp_path / "official.pth"
-    torch.save({"model": parity.state_dict(golden["state_dict"])}, file)
     is_dense = "logits" not in golden
     features = {"features_only": True, "feature_norm": FEATURE_NORM} if is_dense else {}
-    model = timm.create_model(
-        golden["model"],
-        pretrained=True,
-        pretrained_cfg_overlay={"file": str(file)},
-        dtype=torch.float64,
-        **golden.get("arguments", {}),
-        **features,
-    ).eval()
-    assert sum(p.numel() for p in model.parameters()) == golden["params"]
+    model = parity.official(golden, tmp_path, **features)
     images = parity.image(*golden["input"])
     maps = model(images) if is_dense else model.forward_intermediates(images)[1]
     computed = {f"{'extra_norms' if is_dense else 'stages'}.{i}": x for i, x in enumerate(maps)}
@@ -60,16 +49,9 @@ def test_official_weights_give_official_outputs(path, parity, tmp_path):
         computed["downsample_layers.0"] = model.stem(images).permute(0, 3, 1, 2)
     listed = [want for want in golden["features"] if want["name"] in computed]
     assert len(listed) >= 4
-    for want in listed:
-        have = computed[want["name"]]
-        assert list(have.shape) == want["shape"], want["name"]
-        tolerance = 1e-6 * want["std"]
-        assert have.mean().item() == pytest.approx(want["mean"], abs=tolerance), want["name"]
-        assert have.std(unbiased=False).item() == pytest.approx(want["std"], abs=tolerance)
-        assert have.flatten()[:8].tolist() == pytest.approx(want["first8"], abs=tolerance)
+    parity.close_features([computed[want["name"]] for want in listed], listed)
     if not is_dense:
-        logits = torch.tensor(golden["logits"], dtype=torch.float64)
-        assert (model(images) - logits).abs().max() < 1e-6 * logits.std()
+        parity.close_logits(model(images), golden)
 
 
 def test_there_are_goldens_of_every_layout():
@@ -95,30 +77,24 @@ def test_our_names_pass():
 
 
 @every_row
-def test_size_and_cost_are_the_published_ones(row):
-    model = timm.create_model(_name(row), device="meta").eval()
-    parameters = sum(p.numel() for p in model.parameters())
+def test_size_and_cost_are_the_published_ones(row, parity):
+    parameters, gflops = parity.cost(_name(row), row["resolution"])
     assert parameters == row["params_measured"]
     assert parameters / 1e6 == pytest.approx(row["params_M"], rel=0.01)
-    image = torch.empty(1, 3, row["resolution"], row["resolution"], device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
-    # The counter has 2 operations per multiply-add, papers have 1.
-    assert counter.get_total_flops() / 2e9 == pytest.approx(row["gflops"], rel=0.01)
+    assert gflops == pytest.approx(row["gflops"], rel=0.01)
 
 
 @every_row
-def test_configuration_and_figures(row):
-    figures = zoo.published(_name(row))
-    assert figures == zoo.Published(row["top1"], row["params_M"], row["gflops"], row["resolution"])
-    cfg = timm.get_pretrained_cfg(_name(row))
-    assert (cfg.url, cfg.origin_url) == (None, row["checkpoint_url"])  # it answers no more
-    assert cfg.input_size == (3, row["resolution"], row["resolution"])
-    assert (cfg.license, cfg.num_classes, cfg.tag) == ("mit", 1000, "in1k")
-    assert cfg.paper_ids == f"arXiv:{row['paper']}"
-    model = timm.create_model(_name(row), device="meta")
-    assert isinstance(model.get_submodule(cfg.first_conv), nn.Conv2d)
-    assert model.get_submodule(cfg.classifier) is model.get_classifier()
+def test_configuration_and_figures(row, parity):
+    parity.check_published(
+        _name(row),
+        row,
+        url=None,
+        origin_url=row["checkpoint_url"],  # it answers no more
+        license="mit",
+        paper_ids=f"arXiv:{row['paper']}",
+        tag="in1k",
+    )
 
 
 # --- what is special of the family ---------------------------------------------------------------

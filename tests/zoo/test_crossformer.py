@@ -7,8 +7,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from vitarium import zoo
 from vitarium.zoo.crossformer import CoolingBlock, CrossScaleEmbedding
@@ -36,41 +34,16 @@ every_row = pytest.mark.parametrize("row", ROWS, ids=_name)
 # --- parity --------------------------------------------------------------------------------------
 
 
-def _load(name, golden, parity, folder, **arguments) -> nn.Module:
-    """A model with the official weights of a golden, strictly loaded through timm."""
-    file = folder / "official.pth"
-    torch.save({"model": parity.state_dict(golden["state_dict"])}, file)
-    model = timm.create_model(
-        name,
-        pretrained=True,
-        pretrained_cfg_overlay={"file": str(file)},
-        dtype=torch.float64,
-        **arguments,
-    ).eval()
-    assert sum(p.numel() for p in model.parameters()) == golden["params"]
-    return model
-
-
-def _assert_features(computed: list[torch.Tensor], listed: list[dict]) -> None:
-    for have, want in zip(computed, listed, strict=True):
-        assert have.numel() == torch.Size(want["shape"]).numel()
-        tolerance, first = 1e-6 * want["std"], want.get("first", want.get("first8"))
-        assert have.mean().item() == pytest.approx(want["mean"], abs=tolerance)
-        assert have.std(unbiased=False).item() == pytest.approx(want["std"], abs=tolerance)
-        assert have.flatten()[:8].tolist() == pytest.approx(first, abs=tolerance)
-
-
 @pytest.mark.parametrize("name", ["crossformer_tiny", "crossformer_pp_small"])
 @torch.no_grad()
 def test_official_weights_give_official_outputs(name, parity, tmp_path):
     """In float64, within 1e-6 of the spread: stem, every stage and logits."""
     golden = parity.load(FOLDER / f"{name}.json.xz")
-    model = _load(name, golden, parity, tmp_path)
+    model = parity.official(golden, tmp_path, name)
     images = parity.image(*golden["input"])
     final, stages = model.forward_intermediates(images, output_fmt="NHWC")
-    _assert_features([model.stem(images), *stages], golden["features"])
-    logits = torch.tensor(golden["logits"], dtype=torch.float64)
-    assert (model.forward_head(final) - logits).abs().max() < 1e-6 * logits.std()
+    parity.close_features([model.stem(images), *stages], golden["features"])
+    parity.close_logits(model.forward_head(final), golden)
 
 
 @pytest.mark.parametrize(
@@ -80,12 +53,8 @@ def test_official_weights_give_official_outputs(name, parity, tmp_path):
 def test_backbones_of_detectors_give_official_features(name, parity, tmp_path):
     """On images that patches do not divide, with small maps that are not square."""
     golden = parity.load(FOLDER / f"{name}.json.xz")
-    model = _load(
-        golden["model"], golden, parity, tmp_path, features_only=True, **golden["arguments"]
-    )
-    maps = model(parity.image(*golden["input"]))
-    assert [list(x.shape) for x in maps] == [want["shape"] for want in golden["features"]]
-    _assert_features(maps, golden["features"])
+    model = parity.official(golden, tmp_path, features_only=True)
+    parity.close_features(model(parity.image(*golden["input"])), golden["features"])
 
 
 def test_tables_of_older_checkpoints_are_not_wanted():
@@ -114,30 +83,26 @@ def test_our_names_pass():
 
 
 @every_row
-def test_size_and_cost_are_the_published_ones(row):
-    model = timm.create_model(_name(row), device="meta").eval()
-    parameters = sum(p.numel() for p in model.parameters())
+def test_size_and_cost_are_the_published_ones(row, parity):
+    parameters, gflops = parity.cost(_name(row), row["resolution"])
     assert parameters / 1e6 == pytest.approx(row["params_M"], rel=0.01)
-    image = torch.empty(1, 3, row["resolution"], row["resolution"], device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
-    # The counter has 2 operations per multiply-add, papers have 1.
     expected = OTHER_GFLOPS.get(_name(row), row["gflops"])
-    assert counter.get_total_flops() / 2e9 == pytest.approx(expected, rel=0.01)
+    assert gflops == pytest.approx(expected, rel=0.01)
 
 
 @every_row
-def test_configuration_and_figures(row):
-    figures = zoo.published(_name(row))
-    assert figures == zoo.Published(row["top1"], row["params_M"], row["gflops"], row["resolution"])
-    cfg = timm.get_pretrained_cfg(_name(row))
-    assert (cfg.url, cfg.origin_url) == (None, row["checkpoint_url"])  # a page, not a file
-    assert cfg.input_size == (3, row["resolution"], row["resolution"])
-    assert (cfg.license, cfg.num_classes, cfg.tag) == ("mit", 1000, "in1k")
-    assert cfg.paper_ids == ("arXiv:2303.06908" if "++" in row["name"] else "arXiv:2108.00154")
+def test_configuration_and_figures(row, parity):
+    cfg = parity.check_published(
+        _name(row),
+        row,
+        url=None,
+        origin_url=row["checkpoint_url"],  # a page, not a file
+        license="mit",
+        paper_ids="arXiv:2303.06908" if "++" in row["name"] else "arXiv:2108.00154",
+        tag="in1k",
+    )
     model = timm.create_model(_name(row), device="meta")
     assert [model.get_submodule(name).kernel_size[0] for name in cfg.first_conv] == [4, 8, 16, 32]
-    assert model.get_submodule(cfg.classifier) is model.get_classifier()
 
 
 # --- what is special of the family ---------------------------------------------------------------

@@ -22,31 +22,13 @@ SMALL = {"embed_dim": 24, "depths": (1, 1, 1, 1)}
 def test_official_weights_give_official_outputs(path, parity, tmp_path):
     """In float64, within 1e-6 of the spread: every stage and logits."""
     golden = parity.load(path)
-    file = tmp_path / "official.pth"
-    official = parity.state_dict(golden["state_dict"])
-    official["blocks.0.0.total_ops"] = torch.zeros(1)  # as the authors' checkpoints hold
-    torch.save({"model": official}, file)
-    model = timm.create_model(
-        "flowformer_cv",
-        pretrained=True,
-        pretrained_cfg_overlay={"file": str(file)},
-        dtype=torch.float64,
-        **golden.get("arguments", {}),
-    ).eval()
-    assert sum(p.numel() for p in model.parameters()) == golden["params"]
+    weights = parity.state_dict(golden["state_dict"])
+    weights["blocks.0.0.total_ops"] = torch.zeros(1)  # as the authors' checkpoints hold
+    model = parity.official(golden, tmp_path, "flowformer_cv", stored={"model": weights})
     images = parity.image(*golden["input"])
     stages = model.forward_intermediates(images, output_fmt="NHWC", intermediates_only=True)
-    assert len(golden["features"]) == len(stages)
-    for want, stage in zip(golden["features"], stages):
-        have = stage.flatten(1, 2)
-        assert list(have.shape) == want["shape"]
-        tolerance = 1e-6 * want["std"]
-        first = want["first"] if "first" in want else want["first8"]
-        assert have.mean().item() == pytest.approx(want["mean"], abs=tolerance)
-        assert have.std(unbiased=False).item() == pytest.approx(want["std"], abs=tolerance)
-        assert have.flatten()[: len(first)].tolist() == pytest.approx(first, abs=tolerance)
-    logits = torch.tensor(golden["logits"], dtype=torch.float64)
-    assert (model(images) - logits).abs().max() < 1e-6 * logits.std()
+    parity.close_features(stages, golden["features"])
+    parity.close_logits(model(images), golden)
 
 
 def test_there_are_goldens():
@@ -70,16 +52,17 @@ def test_size_and_cost_are_the_published_ones():
     assert counter.get_total_flops() / 2e9 == pytest.approx(6.883, rel=0.001)
 
 
-def test_configuration_and_figures():
-    figures = zoo.published("flowformer_cv")
-    assert figures == zoo.Published(ROW["top1"], ROW["params_M"], ROW["gflops"], ROW["resolution"])
+def test_configuration_and_figures(parity):
     assert all(row["checkpoint_url"] is None for row in UNRELEASED)
-    cfg = timm.get_pretrained_cfg("flowformer_cv")
-    assert (cfg.url, cfg.origin_url) == (None, ROW["checkpoint_url"])  # a drive's page
-    assert (cfg.license, cfg.num_classes, cfg.tag) == ("mit", 1000, "in1k")
-    assert cfg.paper_ids == "arXiv:2202.06258"
-    model = timm.create_model("flowformer_cv", device="meta")
-    assert isinstance(model.get_submodule(cfg.first_conv), torch.nn.Conv2d)
+    parity.check_published(
+        "flowformer_cv",
+        ROW,
+        url=None,
+        origin_url=ROW["checkpoint_url"],  # a drive's page
+        license="mit",
+        paper_ids="arXiv:2202.06258",
+        tag="in1k",
+    )
 
 
 def test_layer_scale_is_in_the_feed_forward_branch_alone():

@@ -8,7 +8,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import deform_conv2d
 
 from vitarium import zoo
@@ -33,56 +32,24 @@ every_row = pytest.mark.parametrize("row", ROWS, ids=_name)
 # --- parity --------------------------------------------------------------------------------------
 
 
-def _load(path, parity, folder, **arguments) -> tuple[dict, nn.Module]:
-    """A golden and its model with the official weights, strictly loaded through timm."""
-    golden = parity.load(path)
-    file = folder / "official.pth"
-    torch.save({"model": parity.state_dict(golden["state_dict"])}, file)
-    model = timm.create_model(
-        "litv2_small",
-        pretrained=True,
-        pretrained_cfg_overlay={"file": str(file)},
-        dtype=torch.float64,
-        **golden.get("arguments", {}),
-        **arguments,
-    ).eval()
-    assert sum(p.numel() for p in model.parameters()) == golden["params"]
-    return golden, model
-
-
-def _assert_features(computed: list[torch.Tensor], listed: list[dict]) -> None:
-    for have, want in zip(computed, listed, strict=True):
-        assert have.numel() == torch.Size(want["shape"]).numel(), want["name"]
-        tolerance = 1e-6 * want["std"]
-        assert have.mean().item() == pytest.approx(want["mean"], abs=tolerance), want["name"]
-        assert have.std(unbiased=False).item() == pytest.approx(want["std"], abs=tolerance)
-        assert have.flatten()[:8].tolist() == pytest.approx(want["first8"], abs=tolerance)
-
-
 @torch.no_grad()
 def test_official_weights_give_official_outputs(parity, tmp_path):
     """In float64, within 1e-6 of the spread: stem, every stage, norm and logits."""
-    golden, model = _load(FOLDER / "litv2_small.json.xz", parity, tmp_path)
+    golden = parity.load(FOLDER / "litv2_small.json.xz")
+    model = parity.official(golden, tmp_path, "litv2_small")
     images = parity.image(*golden["input"])
     final, stages = model.forward_intermediates(images, output_fmt="NHWC")
-    _assert_features([model.stem(images), *stages, final], golden["features"])
-    logits = torch.tensor(golden["logits"], dtype=torch.float64)
-    assert (model(images) - logits).abs().max() < 1e-6 * logits.std()
+    parity.close_features([model.stem(images), *stages, final], golden["features"])
+    parity.close_logits(model(images), golden)
 
 
 @torch.no_grad()
 def test_the_detectors_backbone_gives_official_features(parity, tmp_path):
     """Windows of 4 x 4 on a map that they do not divide, and odd maps that are merged."""
-    golden, model = _load(
-        FOLDER / "litv2_small_dense_97x131.json.xz",
-        parity,
-        tmp_path,
-        features_only=True,
-        feature_norm=(None, nn.LayerNorm, nn.LayerNorm, nn.LayerNorm),
-    )
-    maps = model(parity.image(*golden["input"]))
-    assert [list(x.shape) for x in maps] == [want["shape"] for want in golden["features"]]
-    _assert_features(maps, golden["features"])
+    golden = parity.load(FOLDER / "litv2_small_dense_97x131.json.xz")
+    norms = (None, nn.LayerNorm, nn.LayerNorm, nn.LayerNorm)
+    model = parity.official(golden, tmp_path, features_only=True, feature_norm=norms)
+    parity.close_features(model(parity.image(*golden["input"])), golden["features"])
 
 
 def test_a_detectors_checkpoint_is_its_backbones():
@@ -107,31 +74,24 @@ def test_our_names_pass():
 
 
 @every_row
-def test_size_and_cost_are_the_published_ones(row):
+def test_size_and_cost_are_the_published_ones(row, parity):
     """The measured parameters exactly; the table rounds them to millions."""
-    model = timm.create_model(_name(row), device="meta").eval()
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, gflops = parity.cost(_name(row), row["resolution"])
     assert parameters == row["params_measured"]
     assert round(parameters / 1e6) == row["params_M"]
-    image = torch.empty(1, 3, row["resolution"], row["resolution"], device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
-    # The counter has 2 operations per multiply-add, papers have 1.
-    assert counter.get_total_flops() / 2e9 == pytest.approx(row["gflops"], rel=0.01)
+    assert gflops == pytest.approx(row["gflops"], rel=0.01)
 
 
 @every_row
-def test_configuration_and_figures(row):
-    figures = zoo.published(_name(row))
-    assert figures == zoo.Published(row["top1"], row["params_M"], row["gflops"], row["resolution"])
-    cfg = timm.get_pretrained_cfg(_name(row))
-    assert cfg.url == row["checkpoint_url"]
-    assert cfg.input_size == (3, row["resolution"], row["resolution"])
-    assert (cfg.license, cfg.num_classes, cfg.tag) == ("apache-2.0", 1000, "in1k")
-    assert cfg.paper_ids == f"arXiv:{row['paper']}"
-    model = timm.create_model(_name(row), device="meta")
-    assert isinstance(model.get_submodule(cfg.first_conv), nn.Conv2d)
-    assert model.get_submodule(cfg.classifier) is model.get_classifier()
+def test_configuration_and_figures(row, parity):
+    parity.check_published(
+        _name(row),
+        row,
+        url=row["checkpoint_url"],
+        license="apache-2.0",
+        paper_ids=f"arXiv:{row['paper']}",
+        tag="in1k",
+    )
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if "alpha" in row], ids=_name)

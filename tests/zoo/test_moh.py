@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from torch import nn
 
 from vitarium import zoo
 from vitarium.ops.mixture_of_head import HeadRouter
@@ -53,17 +52,17 @@ def test_heads_and_size_are_the_published_ones(row):
 
 
 @every_row
-def test_configuration_and_figures(row):
-    name = row["factory"]
-    assert zoo.published(name) == zoo.Published(row["top1"], row["params_M"], None, 224)
-    cfg = timm.get_pretrained_cfg(name)
-    assert (cfg.url, cfg.origin_url) == (None, row["checkpoint_url"])  # a page, not a file
+def test_configuration_and_figures(row, parity):
+    cfg = parity.check_published(
+        row["factory"],
+        row,
+        url=None,
+        origin_url=row["checkpoint_url"],  # a page, not a file
+        license="apache-2.0",
+        paper_ids="arXiv:2410.11842",
+        tag="in1k",
+    )
     assert "pretrained_cfg_overlay" in cfg.description
-    assert (cfg.license, cfg.paper_ids, cfg.tag) == ("apache-2.0", "arXiv:2410.11842", "in1k")
-    assert cfg.input_size == (3, 224, 224)
-    model = timm.create_model(name, device="meta")
-    assert isinstance(model.get_submodule(cfg.first_conv), nn.Conv2d)
-    assert model.get_submodule(cfg.classifier) is model.get_classifier()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -8,7 +8,6 @@ import pytest
 import timm
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from vitarium import zoo
 from vitarium.ops import Mixer
@@ -38,31 +37,15 @@ every_row = pytest.mark.parametrize("row", ROWS, ids=_name)
 def test_official_weights_give_official_outputs(path, parity, tmp_path):
     """In float64, within 1e-6 of the spread: every stage, and logits where there is a head."""
     golden = parity.load(path)
-    file = tmp_path / "official.pth"
-    torch.save({"model": parity.state_dict(golden["state_dict"])}, file)
     is_dense = "logits" not in golden
-    model = timm.create_model(
-        golden["model"],
-        pretrained=True,
-        pretrained_cfg_overlay={"file": str(file)},
-        dtype=torch.float64,
-        features_only=is_dense,
-        **golden.get("arguments", {}),
-    ).eval()
-    assert sum(p.numel() for p in model.parameters()) == golden["params"]
+    model = parity.official(golden, tmp_path, features_only=is_dense)
     images = parity.image(*golden["input"])
-    maps = model(images) if is_dense else model.forward_intermediates(images)[1]
-    for want, have in zip(golden["features"], maps, strict=True):
-        have = have if want["layout"] == "B,C,H,W" else have.flatten(2).mT
-        assert list(have.shape) == want["shape"], want["stage"]
-        tolerance = 1e-6 * want["std"]
-        assert have.mean().item() == pytest.approx(want["mean"], abs=tolerance), want["stage"]
-        assert have.std(unbiased=False).item() == pytest.approx(want["std"], abs=tolerance)
-        first = have.flatten()[: len(want["first"])].tolist()
-        assert first == pytest.approx(want["first"], abs=tolerance)
-    if not is_dense:
-        logits = torch.tensor(golden["logits"], dtype=torch.float64)
-        assert (model(images) - logits).abs().max() < 1e-6 * logits.std()
+    if is_dense:
+        maps = model(images)
+    else:
+        _, maps = model.forward_intermediates(images, output_fmt="NHWC")
+        parity.close_logits(model(images), golden)
+    parity.close_features(maps, golden["features"])
 
 
 def test_there_are_goldens_of_every_form():
@@ -99,14 +82,9 @@ def test_a_detectors_checkpoint_is_its_backbones():
 
 
 @every_row
-def test_size_and_cost_are_the_published_ones(row):
-    model = timm.create_model(_name(row), device="meta").eval()
-    parameters = sum(p.numel() for p in model.parameters())
+def test_size_and_cost_are_the_published_ones(row, parity):
+    parameters, gflops = parity.cost(_name(row), row["resolution"])
     assert parameters / 1e6 == pytest.approx(row["params_M"], rel=0.01)
-    image = torch.empty(1, 3, row["resolution"], row["resolution"], device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
-    gflops = counter.get_total_flops() / 2e9  # the counter has 2 operations per multiply-add
     if _name(row) in ROUNDED:
         assert round(gflops, 1) == row["gflops"]
     else:
@@ -114,18 +92,16 @@ def test_size_and_cost_are_the_published_ones(row):
 
 
 @every_row
-def test_configuration_and_figures(row):
-    figures = zoo.published(_name(row))
-    assert figures == zoo.Published(row["top1"], row["params_M"], row["gflops"], row["resolution"])
-    cfg = timm.get_pretrained_cfg(_name(row))
-    assert cfg.url == row["checkpoint_url"]
-    assert cfg.input_size == (3, row["resolution"], row["resolution"])
-    assert (cfg.license, cfg.num_classes, cfg.tag) == ("apache-2.0", 1000, "in1k")
-    assert cfg.paper_ids == "arXiv:2311.17132"
-    assert cfg.crop_mode == ("squash" if row["resolution"] == 384 else "center")
-    model = timm.create_model(_name(row), device="meta")
-    assert isinstance(model.get_submodule(cfg.first_conv), nn.Conv2d)
-    assert model.get_submodule(cfg.classifier) is model.get_classifier()
+def test_configuration_and_figures(row, parity):
+    parity.check_published(
+        _name(row),
+        row,
+        url=row["checkpoint_url"],
+        license="apache-2.0",
+        paper_ids="arXiv:2311.17132",
+        tag="in1k",
+        crop_mode="squash" if row["resolution"] == 384 else "center",
+    )
 
 
 # --- what is special of the family ---------------------------------------------------------------

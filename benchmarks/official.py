@@ -86,7 +86,10 @@ def bench_official(
 
 def _built(name: str, clones: Path, images: Tensor) -> tuple[Mapping[str, nn.Module], str | None]:
     """Both models with the same weights, and why they cannot be compared."""
-    theirs = OFFICIAL[name].build(clones)
+    try:
+        theirs = OFFICIAL[name].build(clones)
+    except ImportError as error:  # a package that its code needs
+        return {}, f"{type(error).__name__}: {error}"
     ours = timm.create_model(name)
     try:
         load_checkpoint(ours, theirs.state_dict())

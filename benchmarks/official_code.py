@@ -138,8 +138,10 @@ def building(folder: Path) -> Iterator[None]:
     before = dict(sys.modules)
     register, cfg = timm.models.register_model, timm.models.vision_transformer._cfg
     finder = _Finder()
+    path = sys.path
     sys.modules.update(_moved())
-    sys.path.insert(0, str(folder))
+    # Not the working directory, whose packages would stand before theirs that have no __init__.
+    sys.path = [str(folder), *(p for p in path if Path(p).resolve() != Path.cwd())]
     sys.meta_path.insert(0, finder)
     timm.models.register_model = lambda function: function
     timm.models.vision_transformer._cfg = lambda **kwargs: kwargs
@@ -148,7 +150,7 @@ def building(folder: Path) -> Iterator[None]:
     finally:
         timm.models.register_model, timm.models.vision_transformer._cfg = register, cfg
         sys.meta_path.remove(finder)
-        sys.path.remove(str(folder))
+        sys.path = path
         for name in set(sys.modules) - set(before):
             module = sys.modules[name]
             places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]

@@ -146,25 +146,18 @@ def small(
 ) -> Tensor:
     """The output in few steps of ordinary operations, which autograd knows."""
 
-    def stack(x: Tensor) -> Tensor:
-        x = flat(x).transpose(1, 2)
-        return x[0] if x.shape[0] == 1 else x.flatten(0, 1)
+    def heads(x: Tensor) -> Tensor:
+        return flat(x).transpose(1, 2)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        if bias is None:
-            return torch.bmm(torch.bmm(query, key.mT).softmax(-1), value)
-        bias = bias.to(query.dtype)
-        if len(bias) == len(query):
-            scores = torch.baddbmm(bias, query, key.mT)
-        else:
-            scores = torch.bmm(query, key.mT)
-            scores.unflatten(0, (-1, len(bias))).add_(bias)
-        return torch.bmm(scores.softmax(-1), value)
+        scores = query @ key.mT
+        if bias is not None:  # in place in what is no view: autograd copies nothing
+            scores.add_(bias.to(query.dtype))
+        return scores.softmax(-1) @ value
 
-    agents = stack(agent * scale)
-    gathered = attend(agents, stack(key), stack(value), agent_bias)
-    output = attend(stack(query), agents, gathered, query_bias)
-    output = output.unflatten(0, (-1, query.shape[-2])).transpose(1, 2)
+    agents = heads(agent * scale)
+    gathered = attend(agents, heads(key), heads(value), agent_bias)
+    output = attend(heads(query), agents, gathered, query_bias).transpose(1, 2)
     return output.contiguous().view(*query.shape[:-1], value.shape[-1])
 
 

@@ -309,12 +309,14 @@ def forward(
     reader = _Reader(state, q, k, chunks.dtype, normalization, scale, eps)
     for images, tokens in _chunks(q):
         phi = chunks.features(q[images, tokens], reader.scaled)
-        found = chunks.product(phi, reader.matrix[images], "found")
+        found = chunks.product(phi, reader.matrix[images], "found").transpose(1, 2)
+        target = out[images, tokens]
         if reader.total is not None:
-            found.div_(reader.weight(images, phi, chunks))
+            torch.div(found, reader.weight(images, phi, chunks).transpose(1, 2), out=target)
         elif reader.mean is not None:
-            found.add_(reader.mean[images])
-        out[images, tokens] = found.transpose(1, 2)
+            torch.add(found, reader.mean[images].transpose(1, 2), out=target)
+        else:
+            target.copy_(found)
     chunks.workspace.close()
     return output, state.flat if state_shape(query, key, value)[0] else query.new_empty(0).float()
 

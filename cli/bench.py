@@ -156,13 +156,7 @@ def _mixers_parser() -> ArgumentParser:
     parser.add_argument(
         "--dtypes", type=Dtype, nargs="+", default=["float32", "bfloat16"], help="data types"
     )
-    parser.add_argument(
-        "--modes",
-        type=Literal["forward", "training"],
-        nargs="+",
-        default=["forward", "training"],
-        help="training is forward and backward in one",
-    )
+    _add_modes(parser, ["forward", "training"])
     parser.add_argument("--match", type=str, default="", help="only settings whose note has this")
     parser.add_argument("--seconds", type=NonNegativeFloat, default=5.0, help="per setting")
     parser.add_argument(
@@ -207,13 +201,7 @@ def _scaling_parser() -> ArgumentParser:
     _add_place(parser, threads=1)
     parser.add_argument("--batch-size", type=PositiveInt, default=1, help="images")
     parser.add_argument("--dtypes", type=Dtype, nargs="+", default=["float32"], help="data types")
-    parser.add_argument(
-        "--modes",
-        type=Literal["forward", "training"],
-        nargs="+",
-        default=["forward"],
-        help="training is forward and backward in one",
-    )
+    _add_modes(parser, ["forward"])
     parser.add_argument("--seconds", type=NonNegativeFloat, default=5.0, help="per mixer")
     parser.add_argument(
         "--output", type=str | None, default=None, help=_OUTPUT.format(name="scaling.jsonl")
@@ -247,13 +235,7 @@ def _official_parser() -> ArgumentParser:
     _add_place(parser, threads=1)
     parser.add_argument("--batch-size", type=PositiveInt, default=4, help="images")
     parser.add_argument("--image-size", type=PositiveInt, default=224, help="side of the images")
-    parser.add_argument(
-        "--modes",
-        type=Literal["forward", "training"],
-        nargs="+",
-        default=["forward", "training"],
-        help="training is forward and backward in one",
-    )
+    _add_modes(parser, ["forward", "training"])
     parser.add_argument("--seconds", type=NonNegativeFloat, default=10.0, help="per setting")
     parser.add_argument(
         "--output", type=str | None, default=None, help=_OUTPUT.format(name="official.jsonl")
@@ -302,6 +284,16 @@ def _run_plot(config: Namespace) -> None:
 
 
 # --- what they share -----------------------------------------------------------------------------
+
+
+def _add_modes(parser: ArgumentParser, default: list[str]) -> None:
+    parser.add_argument(
+        "--modes",
+        type=Literal["forward", "training"],
+        nargs="+",
+        default=default,
+        help="training is forward and backward in one",
+    )
 
 
 def _add_place(parser: ArgumentParser, threads: int | None) -> None:

@@ -90,7 +90,7 @@ def test_configuration_and_figures(row, parity):
         _name(row),
         row,
         url=None,
-        origin_url=row["checkpoint_url"],  # it answers no more
+        origin_url="/".join((row["checkpoint_url"], "root", "content")),  # it answers no more
         license="mit",
         paper_ids=f"arXiv:{row['paper']}",
         tag="in1k",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vitarium.ops import dispatch
 from vitarium.ops.agent import NAME, agent_attention
 from vitarium.ops.mixer import Mixer, qkv_heads, spread
+from vitarium.ops.projection import Linear, linear
 
 Size = tuple[int, int]
 
@@ -115,7 +116,7 @@ class Agents(nn.Module):
         """
         if math.prod(self.agent_shape) * x.shape[-1] > x.shape[1] * x.shape[2]:
             return self.pooled(query.flatten(-2))
-        return F.linear(self.pooled(x), weight, bias)
+        return linear(self.pooled(x), weight, bias)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, agent: Tensor) -> Tensor:
         """Agent attention of `(B, H, W, num_heads, head_dim)`; the agents are `(B, agents, C)`."""
@@ -234,9 +235,9 @@ class AgentAttention(Agents, Mixer, name="agent"):
         size = dispatch.per_dimension("AgentAttention", "window", window, 2)
         factory = {"device": device, "dtype": dtype}
         self.class_token = class_token
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         self.dwc = depthwise(dim, factory)
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         if class_token:
             self.ac_bias = nn.Parameter(torch.empty(1, num_heads, agent_num, 1, **factory))
@@ -369,10 +370,10 @@ class AgentReducedAttention(Agents, Mixer, name="agent_pvt"):
             )
         factory = {"device": device, "dtype": dtype}
         self.sr_ratio = sr_ratio
-        self.q = nn.Linear(dim, dim, bias=qkv_bias, **factory)
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **factory)
+        self.q = Linear(dim, dim, bias=qkv_bias, **factory)
+        self.kv = Linear(dim, 2 * dim, bias=qkv_bias, **factory)
         self.dwc = depthwise(dim, factory)
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         if sr_ratio > 1:
             self.sr = nn.Conv2d(dim, dim, sr_ratio, stride=sr_ratio, **factory)

@@ -24,6 +24,7 @@ from vitarium.ops.agent_mixers import (
 )
 from vitarium.ops.mixer import Mixer, qkv_heads
 from vitarium.ops.partition import InWindows, Partition, window_and_shift
+from vitarium.ops.projection import Linear
 
 
 class AgentWindowAttention(InWindows, AgentAttention, name="agent_window"):
@@ -204,8 +205,8 @@ class AgentCrossShapedAttention(Mixer, name="agent_cswin"):
                 f"branches, {count}, must divide num_heads"
             )
         factory = {"device": device, "dtype": dtype}
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         self.attns = nn.ModuleList(
             AgentStripes(

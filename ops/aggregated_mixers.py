@@ -15,6 +15,7 @@ from vitarium.ops.aggregated import NAME, aggregated_attention
 from vitarium.ops.mixer import Mixer
 from vitarium.ops.mixture_of_head import HeadRouter
 from vitarium.ops.position import Size, continuous_position_bias, kept, pooled_range
+from vitarium.ops.projection import Linear
 
 TEMPERATURE = 1 / 0.24  # that training starts with
 # Numerator and denominator of a quotient that is log(1 + x), highest power first.
@@ -175,13 +176,13 @@ class AggregatedAttention(Mixer, name="aggregated"):
         self.relative_pos_bias_local = nn.Parameter(torch.empty(num_heads, window, **factory))
         self.learnable_tokens = nn.Parameter(torch.empty(num_heads, head_dim, window, **factory))
         self.learnable_bias = nn.Parameter(torch.empty(num_heads, 1, window, **factory))
-        self.q = nn.Linear(dim, dim, bias=qkv_bias, **factory)
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **factory)
-        self.sr = nn.Linear(dim, dim, **factory)
+        self.q = Linear(dim, dim, bias=qkv_bias, **factory)
+        self.kv = Linear(dim, 2 * dim, bias=qkv_bias, **factory)
+        self.sr = Linear(dim, dim, **factory)
         self.norm = nn.LayerNorm(dim, **factory)
         self.cpb_fc1 = nn.Linear(2, 512, **factory)
         self.cpb_fc2 = nn.Linear(512, num_heads, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 

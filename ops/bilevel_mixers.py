@@ -18,6 +18,7 @@ from vitarium.ops import dispatch
 from vitarium.ops.attention import attention
 from vitarium.ops.bilevel_routing import NAME, bilevel_routing_attention, route
 from vitarium.ops.mixer import Mixer, qkv_heads
+from vitarium.ops.projection import Linear
 
 PAPER = "BiFormer (arXiv 2303.08810)"
 
@@ -135,10 +136,10 @@ class BiLevelRoutingAttention(Mixer, name="bilevel_routing"):
         self.kv_downsample_mode = kv_downsample_mode
         self.pool = _pool(owner, kv_downsample_mode, kv_per_win, kv_downsample_ratio)
         self.lepe = _depthwise(owner, dim, side_dwconv, factory)
-        self.qkv = nn.Linear(dim, 2 * self.qk_dim + dim, **factory)
-        self.proj = nn.Linear(dim, dim, **factory) if param_attention == "qkvo" else None
+        self.qkv = Linear(dim, 2 * self.qk_dim + dim, **factory)
+        self.proj = Linear(dim, dim, **factory) if param_attention == "qkvo" else None
         self.proj_drop = nn.Dropout(proj_drop)
-        self.route_embed = nn.Linear(self.qk_dim, self.qk_dim, **factory) if param_routing else None
+        self.route_embed = Linear(self.qk_dim, self.qk_dim, **factory) if param_routing else None
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Regions along (H, W) of a map of this size."""
@@ -366,8 +367,8 @@ class AttentionLePE(Mixer, name="attention_lepe"):
             raise ValueError(f"{owner}: lepe_on={lepe_on!r} is unknown; allowed: 'input', 'value'")
         self.num_heads, self.lepe_on = num_heads, lepe_on
         self.scale = qk_scale or (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         self.lepe = _depthwise(owner, dim, side_dwconv, factory)
 

@@ -12,13 +12,14 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitarium.ops import spherical_kmeans
 from vitarium.ops.attention import attention
 from vitarium.ops.gathering import take
 from vitarium.ops.mixer import Mixer, weights_on_values
 from vitarium.ops.position import kept
+from vitarium.ops.projection import Linear
 
 
 def _check_widths(owner: str, dim: int, num_heads: int, qk_dim: int | None) -> int:
@@ -122,13 +123,13 @@ class TokenAggregationAttention(Mixer, name="token_aggregation"):
         self.n_iter = n_iter
         self.group_size = group_size
         self.ema_decay = ema_decay
-        self.to_q = nn.Linear(dim, qk_dim, bias=False, **factory)
-        self.to_k = nn.Linear(dim, qk_dim, bias=False, **factory)
-        self.to_v = nn.Linear(dim, dim, bias=False, **factory)
-        self.centre_to_k = nn.Linear(dim, qk_dim, bias=False, **factory)
-        self.centre_to_v = nn.Linear(dim, dim, bias=False, **factory)
-        self.proj = nn.Linear(dim, dim, bias=False, **factory)
-        self.conv1x1 = nn.Linear(dim, dim, bias=False, **factory)
+        self.to_q = Linear(dim, qk_dim, bias=False, **factory)
+        self.to_k = Linear(dim, qk_dim, bias=False, **factory)
+        self.to_v = Linear(dim, dim, bias=False, **factory)
+        self.centre_to_k = Linear(dim, qk_dim, bias=False, **factory)
+        self.centre_to_v = Linear(dim, dim, bias=False, **factory)
+        self.proj = Linear(dim, dim, bias=False, **factory)
+        self.conv1x1 = Linear(dim, dim, bias=False, **factory)
         self.register_buffer("means", torch.randn(num_tokens, dim, **factory))
         self.register_buffer("initted", torch.tensor(False, device=device))
         self._ready = False  # true only if `initted` is, without a look at a tensor
@@ -307,10 +308,10 @@ class OverlappingPatchAttention(Mixer, name="overlapping_patches"):
         factory = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.patch_size = patch_size
-        self.to_q = nn.Linear(dim, qk_dim, bias=False, **factory)
-        self.to_k = nn.Linear(dim, qk_dim, bias=False, **factory)
-        self.to_v = nn.Linear(dim, dim, bias=False, **factory)
-        self.proj = nn.Linear(dim, dim, bias=False, **factory)
+        self.to_q = Linear(dim, qk_dim, bias=False, **factory)
+        self.to_k = Linear(dim, qk_dim, bias=False, **factory)
+        self.to_v = Linear(dim, dim, bias=False, **factory)
+        self.proj = Linear(dim, dim, bias=False, **factory)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The averaged outputs of all patches of `(B, H, W, num_heads, channels)`."""

@@ -27,6 +27,7 @@ from vitarium.ops.differentiable import Differentiable
 from vitarium.ops.dispatch import Case, Operator
 from vitarium.ops.mixer import Mixer, qkv_heads
 from vitarium.ops.packed import joint
+from vitarium.ops.projection import Linear
 
 NAME = "channel_attention"
 
@@ -244,8 +245,8 @@ class ChannelAttentionV2(Mixer, name="channel_v2"):
         factory = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.dynamic_scale = dynamic_scale
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def mix(self, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vitarium.ops import dispatch
 from vitarium.ops.mixer import Mixer, qkv_heads
 from vitarium.ops.partition import Pair, Partition
+from vitarium.ops.projection import Linear
 from vitarium.ops.window import NAME, window_attention
 
 
@@ -124,8 +125,8 @@ class CrossShapedAttention(Mixer, name="cross_shaped"):
         if split_size < 1:
             raise ValueError(f"{owner}: split_size={split_size} must be at least 1")
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
         self.attns = nn.ModuleList(

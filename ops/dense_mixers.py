@@ -16,6 +16,7 @@ from vitarium.ops.attention import attention
 from vitarium.ops.mixer import Mixer, qkv_heads
 from vitarium.ops.mixture_of_head import HeadRouter, mixture_of_head_attention
 from vitarium.ops.position import Size, continuous_position_bias
+from vitarium.ops.projection import Linear, linear
 
 TEMPERATURE = 1 / 0.24  # of cosine attention, that training starts with
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)  # of a ViT
@@ -86,10 +87,10 @@ class MultiHeadAttention(Mixer, name="attention"):
         self.head_dim = head_dim
         self.is_causal = is_causal
         width = (num_heads + 2 * num_heads_kv) * head_dim
-        self.qkv = nn.Linear(dim, width, bias=qkv_bias, **factory)
+        self.qkv = Linear(dim, width, bias=qkv_bias, **factory)
         self.q_norm = norm_layer(head_dim, **factory) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(head_dim, **factory) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(num_heads * head_dim, dim, bias=proj_bias, **factory)
+        self.proj = Linear(num_heads * head_dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +103,7 @@ class MultiHeadAttention(Mixer, name="attention"):
         else:
             weights = self.qkv.weight.split(widths)
             biases = (None, None) if self.qkv.bias is None else self.qkv.bias.split(widths)
-            query, key_value = map(F.linear, (x, context), weights, biases)
+            query, key_value = map(linear, (x, context), weights, biases)
         key, value = key_value.unflatten(-1, (2, heads_kv, -1)).unbind(-3)
         return query.unflatten(-1, (heads, -1)), key, value
 
@@ -208,10 +209,10 @@ class LengthScaledCosineAttention(Mixer, name="length_scaled_cosine"):
         factory = {"device": device, "dtype": dtype}
         self.temperature = nn.Parameter(torch.empty(num_heads, 1, 1, **factory))
         self.query_embedding = nn.Parameter(torch.empty(num_heads, 1, dim // num_heads, **factory))
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         self.cpb_fc1 = nn.Linear(2, 512, **factory)
         self.cpb_fc2 = nn.Linear(512, num_heads, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 
@@ -346,7 +347,7 @@ class LinearNorm(nn.Sequential):
 
     def __init__(self, inputs: int, outputs: int, weight: float = 1.0, **factory: Any) -> None:
         super().__init__()
-        self.add_module("c", nn.Linear(inputs, outputs, bias=False, **factory))
+        self.add_module("c", Linear(inputs, outputs, bias=False, **factory))
         self.add_module("bn", nn.BatchNorm1d(outputs, **factory))
         nn.init.constant_(self.bn.weight, weight)
 
@@ -356,7 +357,7 @@ class LinearNorm(nn.Sequential):
             return norm(self.c(input).flatten(0, -2)).unflatten(0, input.shape[:-1])
         factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
         bias = norm.bias - norm.running_mean * factor
-        return F.linear(input, self.c.weight * factor[:, None], bias)
+        return linear(input, self.c.weight * factor[:, None], bias)
 
 
 class SingleHeadAttention(Mixer, name="single_head"):

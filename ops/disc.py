@@ -18,6 +18,7 @@ from vitarium.ops import dispatch
 from vitarium.ops.aggregated import aggregated_attention
 from vitarium.ops.mixer import Mixer, qkv_heads
 from vitarium.ops.position import kept
+from vitarium.ops.projection import Linear
 from vitarium.ops.window import window_attention
 from vitarium.ops.window_mixers import check_context
 
@@ -94,8 +95,8 @@ class DiscAttention(Mixer, name="disc"):
         self.radius = radius
         self.down_factor = down_factor
         self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         side = 2 * radius - 1
         self.rpb = None

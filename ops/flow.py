@@ -19,6 +19,7 @@ from vitarium.ops.linear import NAME as LINEAR
 from vitarium.ops.linear import linear_attention
 from vitarium.ops.linear_features import HALF
 from vitarium.ops.mixer import Mixer, qkv_heads
+from vitarium.ops.projection import Linear
 
 NAME = "flow_attention"
 
@@ -168,8 +169,8 @@ class FlowAttention(Mixer, name="flow"):
             if not 0 <= number < math.inf:
                 raise ValueError(f"{owner}: {name}={number} must be at least 0 and finite")
         self.num_heads, self.eps, self.flow_eps = num_heads, eps, flow_eps
-        self.qkv = nn.Linear(dim, 3 * d_model, bias=qkv_bias, **factory)
-        self.proj = nn.Linear(d_model, dim, **factory)
+        self.qkv = Linear(dim, 3 * d_model, bias=qkv_bias, **factory)
+        self.proj = Linear(d_model, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def mix(self, x: Tensor, context: Tensor | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vitarium.ops.causal_chunks import working_dtype
 from vitarium.ops.causal_linear import causal_linear_attention
 from vitarium.ops.mixer import Mixer
+from vitarium.ops.projection import Linear
 
 
 def flow_attention_causal(
@@ -124,10 +125,10 @@ class FlowAttentionCausal(Mixer, name="flow_causal"):
         self.n_heads = n_heads
         self.eps = eps
         factory = {"device": device, "dtype": dtype}
-        self.query_projection = nn.Linear(dim, d_model, **factory)
-        self.key_projection = nn.Linear(dim, d_model, **factory)
-        self.value_projection = nn.Linear(dim, d_model, **factory)
-        self.out_projection = nn.Linear(d_model, dim, **factory)
+        self.query_projection = Linear(dim, d_model, **factory)
+        self.key_projection = Linear(dim, d_model, **factory)
+        self.value_projection = Linear(dim, d_model, **factory)
+        self.out_projection = Linear(d_model, dim, **factory)
         self.dropout = nn.Dropout(drop_out)
 
     def mix(self, x: Tensor, context: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitarium.ops.mixer import Mixer
+from vitarium.ops.projection import Linear, linear
 
 
 class FocalModulation(Mixer, name="focal"):
@@ -85,9 +86,9 @@ class FocalModulation(Mixer, name="focal"):
             focal_factor,
         )
         self.normalize_modulator = normalize_modulator
-        self.f = nn.Linear(dim, 2 * dim + focal_level + 1, bias=bias, **factory)
-        self.h = nn.Linear(dim, dim, bias=bias, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.f = Linear(dim, 2 * dim + focal_level + 1, bias=bias, **factory)
+        self.h = Linear(dim, dim, bias=bias, **factory)
+        self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         self.focal_layers = nn.ModuleList()
         for level in range(focal_level):
@@ -112,7 +113,7 @@ class FocalModulation(Mixer, name="focal"):
         # Apart, so that the context is contiguous, which convolutions would make it.
         widths = (self.dim, self.dim, self.focal_level + 1)
         biases = (None,) * 3 if self.f.bias is None else self.f.bias.split(widths)
-        query, context, gates = map(F.linear, (x,) * 3, self.f.weight.split(widths), biases)
+        query, context, gates = map(linear, (x,) * 3, self.f.weight.split(widths), biases)
         return query, context, gates
 
     def _levels(

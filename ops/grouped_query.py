@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vitarium.ops.attention import attention
 from vitarium.ops.mixer import Mixer
+from vitarium.ops.projection import Linear
 
 KINDS = ("key", "diff", "ema")
 
@@ -97,10 +98,10 @@ class GroupedQueryAttention(Mixer, name="grouped_query"):
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         width = dim // num_heads * num_kv_heads
-        self.q = nn.Linear(dim, dim, bias=qkv_bias, **factory)
-        self.k = nn.Linear(dim, width, bias=qkv_bias, **factory)
-        self.v = nn.Linear(dim, width, bias=qkv_bias, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.q = Linear(dim, dim, bias=qkv_bias, **factory)
+        self.k = Linear(dim, width, bias=qkv_bias, **factory)
+        self.v = Linear(dim, width, bias=qkv_bias, **factory)
+        self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def _check_kv_heads(self, num_heads: int, num_kv_heads: int) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vitarium.ops import dispatch
 from vitarium.ops.mixer import Mixer, qkv_heads
+from vitarium.ops.projection import Linear
 from vitarium.ops.window import NAME, window_attention
 from vitarium.ops.window_mixers import check_context
 
@@ -94,8 +95,8 @@ class HaloAttention(Mixer, name="halo"):
         self.dim_head = dim_head
         self.scale = dim_head**-0.5
         self.scale_pos_embed = scale_pos_embed
-        self.q = nn.Linear(dim, num_heads * dim_head, bias=qkv_bias, **factory)
-        self.kv = nn.Linear(dim, num_heads * dim_head + dim, bias=qkv_bias, **factory)
+        self.q = Linear(dim, num_heads * dim_head, bias=qkv_bias, **factory)
+        self.kv = Linear(dim, num_heads * dim_head + dim, bias=qkv_bias, **factory)
         self.pos_embed = RelativePositionEmbedding(self.window_size, dim_head, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -265,12 +266,12 @@ class OverlappingCrossAttention(Mixer, name="overlapping_cross"):
         self.num_heads = num_heads
         self.halo_size = overlap // 2
         self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         side = 2 * self.window_size + overlap - 1
         self.relative_position_bias_table = nn.Parameter(
             torch.empty(side * side, num_heads, **factory)
         )
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 

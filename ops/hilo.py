@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vitarium.ops import dispatch
 from vitarium.ops.attention import attention
 from vitarium.ops.mixer import Mixer, qkv_heads, spread
+from vitarium.ops.projection import Linear
 from vitarium.ops.window import window_attention
 
 
@@ -84,13 +85,13 @@ class HiLoAttention(Mixer, name="hilo"):
         self.scale = head_dim**-0.5 if qk_scale is None else qk_scale
         if self.l_heads:
             width = self.l_heads * head_dim
-            self.l_q = nn.Linear(dim, width, bias=qkv_bias, **factory)
-            self.l_kv = nn.Linear(dim, 2 * width, bias=qkv_bias, **factory)
-            self.l_proj = nn.Linear(width, width, **factory)
+            self.l_q = Linear(dim, width, bias=qkv_bias, **factory)
+            self.l_kv = Linear(dim, 2 * width, bias=qkv_bias, **factory)
+            self.l_proj = Linear(width, width, **factory)
         if self.h_heads:
             width = self.h_heads * head_dim
-            self.h_qkv = nn.Linear(dim, 3 * width, bias=qkv_bias, **factory)
-            self.h_proj = nn.Linear(width, width, **factory)
+            self.h_qkv = Linear(dim, 3 * width, bias=qkv_bias, **factory)
+            self.h_proj = Linear(width, width, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def mix(self, x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from vitarium.ops import dispatch
 from vitarium.ops.linear import NAME, FeatureMap, linear_attention
 from vitarium.ops.mixer import Mixer, qkv_heads
 from vitarium.ops.partition import InWindows, Pair, Partition, window_and_shift
+from vitarium.ops.projection import Linear
 
 PAPER = "InLine attention (arXiv 2412.06590)"
 
@@ -192,8 +193,8 @@ class InLineAttention(JointProjection, Mixer, name="inline"):
         if sr_ratio != 1:
             raise ValueError(f"{owner}: sr_ratio={sr_ratio} is not defined; allowed is 1")
         self.num_heads, self.kernel_func = num_heads, kernel_func
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         self.residual = _residual(dim, num_heads, factory)
 
@@ -374,8 +375,8 @@ class CrossShapedInLineAttention(Mixer, name="inline_cross_shaped"):
         if num_heads % branches:
             raise ValueError(f"{owner}: num_heads={num_heads} must be even without last_stage")
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         self.attns = nn.ModuleList(
             InLineStripes(

@@ -17,6 +17,7 @@ from vitarium.ops import spherical_kmeans
 from vitarium.ops.attention import attention
 from vitarium.ops.gathering import take_by_head
 from vitarium.ops.mixer import Mixer, weights_on_values
+from vitarium.ops.projection import Linear
 
 INITIAL_STEPS = 10
 UNCHOSEN = 1e-5  # added to the number of clusters that chose a token
@@ -249,10 +250,10 @@ class KmeansRoutingAttention(Mixer, name="kmeans_routing"):
         self.shared_qk = shared_qk
         self.num_mem_kv = max(num_mem_kv, int(causal and not shared_qk))
         width = num_heads * head_dim
-        self.to_q = nn.Linear(dim, width, bias=False, **factory)
-        self.to_k = None if shared_qk else nn.Linear(dim, width, bias=False, **factory)
-        self.to_v = nn.Linear(dim, width, bias=False, **factory)
-        self.to_out = nn.Linear(width, dim, bias=False, **factory)
+        self.to_q = Linear(dim, width, bias=False, **factory)
+        self.to_k = None if shared_qk else Linear(dim, width, bias=False, **factory)
+        self.to_v = Linear(dim, width, bias=False, **factory)
+        self.to_out = Linear(width, dim, bias=False, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         self.router = KmeansRouter(
             num_heads, head_dim, num_clusters, ema_decay, commitment, **factory

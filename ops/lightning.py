@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vitarium.ops.causal_linear import causal_linear_attention, causal_linear_step
 from vitarium.ops.mixer import Mixer
+from vitarium.ops.projection import Linear
 
 
 def lightning_slopes(num_heads: int) -> list[float]:
@@ -107,17 +108,17 @@ class LightningAttention(Mixer, name="lightning"):
         self.num_heads = num_heads
         self.float32_exponents = float32_exponents
         factory = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(dim, dim, bias=bias, **factory)
-        self.k_proj = nn.Linear(dim, dim, bias=bias, **factory)
-        self.v_proj = nn.Linear(dim, dim, bias=bias, **factory)
-        self.o_proj = nn.Linear(dim, dim, bias=bias, **factory)
+        self.q_proj = Linear(dim, dim, bias=bias, **factory)
+        self.k_proj = Linear(dim, dim, bias=bias, **factory)
+        self.v_proj = Linear(dim, dim, bias=bias, **factory)
+        self.o_proj = Linear(dim, dim, bias=bias, **factory)
         if norm_type == "layernorm":
             self.norm: nn.Module = nn.LayerNorm(dim, **factory)
         else:
             self.norm = SimpleRMSNorm(dim)
         width = dim // num_heads
         self.output_gate = nn.Sequential(
-            nn.Linear(dim, width, bias=bias, **factory), nn.Linear(width, dim, bias=bias, **factory)
+            Linear(dim, width, bias=bias, **factory), Linear(width, dim, bias=bias, **factory)
         )
         # Constants, for no cast of the module may round them: as official, rounded to float32.
         with torch.device("cpu"):

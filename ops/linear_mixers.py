@@ -18,6 +18,7 @@ from vitarium.ops.linear import NAME, NORMALIZATIONS, FeatureMap, linear_attenti
 from vitarium.ops.linear_features import FEATURE_MAPS
 from vitarium.ops.mixer import Mixer, qkv_heads
 from vitarium.ops.partition import InWindows, Pair, window_and_shift
+from vitarium.ops.projection import Linear
 
 
 def _check_heads(owner: str, dim: int, num_heads: int) -> None:
@@ -89,8 +90,8 @@ class LinearAttention(Mixer, name="linear"):
             raise ValueError(f"{owner}: eps={eps} must be at least 0 and finite")
         self.num_heads, self.feature_map, self.normalization = num_heads, feature_map, normalization
         self.scale, self.eps = qk_scale, eps
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def mix(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -187,8 +188,8 @@ class FocusedLinearAttention(JointProjection, Mixer, name="focused_linear"):
             raise ValueError(f"{owner}: kernel_size={kernel_size} must be odd")
         self.num_heads, self.sr_ratio, self.focusing_factor = num_heads, sr_ratio, focusing_factor
         head_dim = dim // num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         if sr_ratio > 1:
             self.sr = nn.Conv2d(dim, dim, sr_ratio, stride=sr_ratio, **factory)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vitarium.ops import dispatch
 from vitarium.ops.packed import joint
+from vitarium.ops.projection import linear
 
 MixerSpec = str | Sequence[Any]  # "neighborhood" or ("neighborhood", {"dilation": 8})
 
@@ -300,9 +301,9 @@ def qkv_heads(
         return query, key, value
     dim = qkv.out_features // 3
     bias = (None, None) if qkv.bias is None else (qkv.bias[:dim], qkv.bias[dim:])
-    query = F.linear(x, qkv.weight[:dim], bias[0]).unflatten(-1, (num_heads, -1))
+    query = linear(x, qkv.weight[:dim], bias[0]).unflatten(-1, (num_heads, -1))
     key, value = (
-        F.linear(context, qkv.weight[dim:], bias[1]).unflatten(-1, (2, num_heads, -1)).unbind(-3)
+        linear(context, qkv.weight[dim:], bias[1]).unflatten(-1, (2, num_heads, -1)).unbind(-3)
     )
     return query, key, value
 

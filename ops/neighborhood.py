@@ -19,6 +19,7 @@ from vitarium.ops import dispatch
 from vitarium.ops.dispatch import Case, Implementation, Operator
 from vitarium.ops.local import LocalAttention, check_bias, check_tensors
 from vitarium.ops.mixer import Mixer, qkv_heads
+from vitarium.ops.projection import Linear
 from vitarium.ops.windows import Window
 
 NAME = "neighborhood_attention"
@@ -223,8 +224,8 @@ class NeighborhoodAttention(Mixer, name="neighborhood"):
             if s > k:
                 raise ValueError(f"{owner}: stride={s} exceeds kernel_size={k}")
         self.scale = qk_scale if qk_scale is not None else (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         if rel_pos_bias:
             table = [2 * k - 1 for k in self.kernel_size]

@@ -29,6 +29,7 @@ from vitarium.ops import dispatch
 from vitarium.ops.differentiable import Differentiable
 from vitarium.ops.dispatch import Case, Operator
 from vitarium.ops.mixer import Mixer
+from vitarium.ops.projection import Linear
 from vitarium.ops.softmax import softmax_of_exponents
 from vitarium.ops.workspace import LOG2E, Workspace
 
@@ -385,9 +386,9 @@ class OutlookAttention(Mixer, name="outlook"):
         self.num_heads = num_heads
         self.kernel_size, self.padding, self.stride = kernel_size, padding, stride
         self.scale = (dim // num_heads) ** -0.5
-        self.v = nn.Linear(dim, dim, bias=qkv_bias, **factory)
-        self.attn = nn.Linear(dim, kernel_size**4 * num_heads, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.v = Linear(dim, dim, bias=qkv_bias, **factory)
+        self.attn = Linear(dim, kernel_size**4 * num_heads, **factory)
+        self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def mix(self, x: Tensor) -> Tensor:

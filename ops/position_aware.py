@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vitarium.ops import dense, dispatch
 from vitarium.ops.attention import attention
 from vitarium.ops.mixer import Mixer, qkv_heads
+from vitarium.ops.projection import Linear
 
 
 class PositionAwareAttention(Mixer, name="position_aware"):
@@ -71,8 +72,8 @@ class PositionAwareAttention(Mixer, name="position_aware"):
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
         self.mask_size = dispatch.per_dimension(owner, "mask_size", mask_size, 2)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         self.att_mask: nn.Parameter | None = None
         if use_mask:

@@ -13,6 +13,7 @@ from vitarium.ops import dispatch
 from vitarium.ops.causal_chunks import count, powers
 from vitarium.ops.causal_linear import causal_linear_attention, causal_linear_step
 from vitarium.ops.mixer import Mixer
+from vitarium.ops.projection import Linear
 
 GATES = {"swish": F.silu, "gelu": F.gelu}
 ROWS = 256  # queries whose scores are summed at a time
@@ -92,11 +93,11 @@ class RetentionAttention(Mixer, name="retention"):
         self.score_norm = score_norm
         self.scale = (dim // num_heads) ** -0.5
         factory = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(dim, dim, bias=False, **factory)
-        self.k_proj = nn.Linear(dim, dim, bias=False, **factory)
-        self.v_proj = nn.Linear(dim, value_dim, bias=False, **factory)
-        self.g_proj = nn.Linear(dim, value_dim, bias=False, **factory)
-        self.out_proj = nn.Linear(value_dim, dim, bias=False, **factory)
+        self.q_proj = Linear(dim, dim, bias=False, **factory)
+        self.k_proj = Linear(dim, dim, bias=False, **factory)
+        self.v_proj = Linear(dim, value_dim, bias=False, **factory)
+        self.g_proj = Linear(dim, value_dim, bias=False, **factory)
+        self.out_proj = Linear(value_dim, dim, bias=False, **factory)
         width = value_dim // num_heads
         self.group_norm = nn.RMSNorm(width, eps=layernorm_eps, elementwise_affine=False)
         # Constants, for no cast of the module may round them: as official, rounded to float32.

@@ -20,6 +20,7 @@ from vitarium.ops.attention import attention
 from vitarium.ops.indexed import indexed_attention
 from vitarium.ops.mixer import Mixer, qkv_heads, weights_on_values
 from vitarium.ops.position import Size
+from vitarium.ops.projection import Linear
 
 CHUNK = 1 << 25  # predicted scores of a call: of more, queries are taken a part at a time
 
@@ -61,8 +62,8 @@ class MaskPredictor(nn.Module):
         self.basis_threshold = basis_threshold
         self.basis_coef_topk = basis_coef_topk
         self.basis_coef_threshold = basis_coef_threshold
-        self.proj_c_q = nn.Linear(head_dim, reduced_c, **factory)
-        self.proj_c_k = nn.Linear(head_dim, reduced_c, **factory)
+        self.proj_c_q = Linear(head_dim, reduced_c, **factory)
+        self.proj_c_k = Linear(head_dim, reduced_c, **factory)
         tokens = math.prod(input_resolution) + num_prefix_tokens
         self.proj_n = nn.Parameter(torch.empty(tokens, reduced_n, **factory))
         self.proj_back_n = self.proj_n
@@ -223,8 +224,8 @@ class SparsifinerAttention(Mixer, name="sparsifiner"):
         self.prune_attn_matrix_row = prune_attn_matrix_row
         self.attn_recon = attn_recon
         self.reconstruction_loss: Tensor | None = None
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         self.mask_predictor = MaskPredictor(
             head_dim,

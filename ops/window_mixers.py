@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vitarium.ops import dispatch
 from vitarium.ops.mixer import Mixer, qkv_heads
+from vitarium.ops.projection import Linear
 from vitarium.ops.window import NAME, window_attention
 
 PADDINGS = ("zeros", "zeros_before_shift", "mask")
@@ -164,8 +165,8 @@ class WindowAttention(Mixer, name="window"):
         self.rel_pos_type = rel_pos_type
         width = num_heads * (head_dim or dim // num_heads)
         self.scale = (width // num_heads) ** -0.5 if qk_scale is None else qk_scale
-        self.qkv = nn.Linear(dim, 3 * width, bias=qkv_bias, **factory)
-        self.proj = nn.Linear(width, dim_out or dim, bias=proj_bias, **factory)
+        self.qkv = Linear(dim, 3 * width, bias=qkv_bias, **factory)
+        self.proj = Linear(width, dim_out or dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         rows, columns = (2 * size - 1 for size in self.window_size)
         if rel_pos_type == "mlp":

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, register_notrace_module
 from torch import Tensor, nn
 
+from vitarium.ops.projection import Linear, linear
 from vitarium.zoo.checkpoint import backbone_entries
 from vitarium.zoo.parts import Block, patch_stem
 from vitarium.zoo.pyramid import Pyramid
@@ -37,11 +38,11 @@ class DepthwiseMlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, *, drop: float = 0.0) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc1 = Linear(dim, hidden_dim)
         self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
         self.act = nn.GELU()
         self.drop1 = nn.Dropout(drop)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = Linear(hidden_dim, dim)
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,7 +127,7 @@ class DeformableMerging(nn.Module):
         if any(missing):
             x = F.pad(x, (0, 0, 0, missing[1], 0, missing[0]))
         offset = self.offset(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        x = F.linear(_sampled(x, offset), self.weight, self.bias)
+        x = linear(_sampled(x, offset), self.weight, self.bias)
         return self.act(self.norm(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
 

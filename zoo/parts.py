@@ -4,10 +4,18 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale, Mlp, PatchEmbed, register_notrace_module
+from timm.layers import (
+    DropPath,
+    LayerScale,
+    Mlp,
+    PatchEmbed,
+    register_notrace_function,
+    register_notrace_module,
+)
 from torch import Tensor, nn
 
 from vitarium.ops.dispatch import plain_aten
+from vitarium.ops.projection import Linear, linear
 
 _HIDDEN_BYTES = 2**21  # of hidden tokens that stay in a core's cache
 _WIDE = 256  # channels from which on products of few tokens lose more than that gains
@@ -99,7 +107,16 @@ class TokenwiseMlp(Mlp):
 
     The hidden map of a first stage is several times as wide as the map: new memory for it takes as
     long as the products.
+
+    Args:
+        dim: channels of a channels-last map.
+        hidden_dim: channels of the hidden layer.
+        drop: dropout rate after both layers.
     """
+
+    def __init__(self, dim: int, hidden_dim: int, *, drop: float = 0.0) -> None:
+        super().__init__(dim, hidden_dim, drop=drop)
+        self.fc1, self.fc2 = Linear(dim, hidden_dim), Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         traced = torch.compiler.is_compiling() or plain_aten()
@@ -112,8 +129,9 @@ class TokenwiseMlp(Mlp):
         return torch.cat([super(TokenwiseMlp, self).forward(part) for part in parts]).view(x.shape)
 
 
-for _part in (PatchConv, BatchNorm, TokenwiseMlp):
+for _part in (PatchConv, BatchNorm, TokenwiseMlp, Linear):
     register_notrace_module(_part)  # one node to torch.fx: it looks at sizes in Python
+register_notrace_function(linear)
 
 
 class Block(nn.Module):

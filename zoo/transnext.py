@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitarium.ops.projection import Linear, linear
 from vitarium.zoo.parts import Block
 from vitarium.zoo.pyramid import Pyramid
 from vitarium.zoo.registry import Published, imagenet_cfg, register_family
@@ -77,18 +77,18 @@ class ConvolutionalGLU(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, *, drop: float = 0.0) -> None:
         super().__init__()
         width = 2 * hidden_dim // 3
-        self.fc1 = nn.Linear(dim, 2 * width)
+        self.fc1 = Linear(dim, 2 * width)
         self.dwconv = FanOutConv2d(width, width, 3, padding=1, groups=width)
         self.act = nn.GELU()
         self.drop1 = nn.Dropout(drop)
-        self.fc2 = nn.Linear(width, dim)
+        self.fc2 = Linear(width, dim)
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         # Two products: the convolution reads a map whose channels lie together.
         gate_weight, value_weight = self.fc1.weight.chunk(2)
         gate_bias, value_bias = self.fc1.bias.chunk(2)
-        gate, value = F.linear(x, gate_weight, gate_bias), F.linear(x, value_weight, value_bias)
+        gate, value = linear(x, gate_weight, gate_bias), linear(x, value_weight, value_bias)
         gate = self.dwconv(gate.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.drop2(self.fc2(self.drop1(self.act(gate) * value)))
 

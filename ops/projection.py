@@ -7,6 +7,7 @@ products of tokens and weights. Sums over tokens, the gradients of weights, are 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -82,18 +83,49 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(grad, *ctx.saved_tensors, ctx.needs_input_grad)
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight and bias, as far as they are needed."""
+    again = torch.is_grad_enabled()  # a gradient that will be differentiated
+    rows, tokens = (t.flatten(0, -2) if t.dim() > 1 else t[None] for t in (grad, x))
+    by_mkl = again or not _ONEDNN or not _by_onednn(grad, weight.t(), None)
+    return (
+        (grad @ weight if by_mkl else _product(grad, weight.t())) if needs[0] else None,
+        rows.t() @ tokens if needs[1] else None,
+        rows.sum(0) if needs[2] else None,
+    )
+
+
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear(gelu(x), weight, bias)`, whose backward computes the GELU again: less is kept.
+
+    The arguments are those of `linear`.
+    """
+    plain = (
+        torch.compiler.is_compiling() or plain_aten() or torch.is_autocast_enabled(x.device.type)
+    )
+    if plain or not torch.is_grad_enabled():
+        return linear(F.gelu(x), weight, bias)
+    return _GeluLinear.apply(x, weight, bias)
+
+
+class _GeluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grads: list[Tensor | None] = [None, None, None]
-        again = torch.is_grad_enabled()  # a gradient that will be differentiated
-        if ctx.needs_input_grad[0]:
-            grads[0] = grad @ weight if again else _product(grad, weight.t())
-        rows = grad.flatten(0, -2) if grad.dim() > 1 else grad[None]
-        if ctx.needs_input_grad[1]:
-            tokens = x.flatten(0, -2) if x.dim() > 1 else x[None]
-            grads[1] = rows.t() @ tokens
-        if ctx.needs_input_grad[2]:
-            grads[2] = rows.sum(0)
-        return tuple(grads)
+        grads = _gradients(grad, F.gelu(x), weight, ctx.needs_input_grad)
+        if grads[0] is None:
+            return grads
+        return torch.ops.aten.gelu_backward(grads[0], x), *grads[1:]
 
 
 class Linear(nn.Linear):

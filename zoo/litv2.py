@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitarium.ops.projection import Linear, linear
 from vitarium.zoo.checkpoint import backbone_entries
-from vitarium.zoo.parts import Block, patch_stem
+from vitarium.zoo.parts import Block, patch_stem, second_half
 from vitarium.zoo.pyramid import Pyramid
 from vitarium.zoo.registry import Published, imagenet_cfg, register_family
 
@@ -57,7 +57,7 @@ class DepthwiseMlp(nn.Module):
 
     def _computed(self, x: Tensor) -> Tensor:
         x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.drop2(self.fc2(self.drop1(self.act(x))))
+        return second_half(self, x)
 
 
 class ConvBlock(nn.Module):

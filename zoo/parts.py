@@ -1,6 +1,7 @@
 """Stems, downsamplers and blocks that families share. Maps are channels-last, `(B, H, W, C)`."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from timm.layers import (
 from torch import Tensor, nn
 
 from vitarium.ops.dispatch import plain_aten
-from vitarium.ops.projection import Linear, linear
+from vitarium.ops.projection import Linear, gelu_linear, linear
 
 _HIDDEN_BYTES = 2**21  # of hidden tokens that stay in a core's cache
 _WIDE = 256  # channels from which on products of few tokens lose more than that gains
@@ -102,11 +103,24 @@ class BatchNorm(nn.BatchNorm1d):
         return super().forward(input.flatten(0, -2)).unflatten(0, input.shape[:-1])
 
 
-class TokenwiseMlp(Mlp):
-    """timm's feed-forward network; without gradients a CPU takes tokens as its cache holds them.
+def second_half(mlp: Any, x: Tensor) -> Tensor:
+    """`drop2(fc2(drop1(act(x))))` of a feed-forward network whose activation is GELU.
 
-    The hidden map of a first stage is several times as wide as the map: new memory for it takes as
-    long as the products.
+    A CPU keeps x for the backward, and not its GELU as well.
+    """
+    layers = (mlp.act, mlp.drop1, mlp.fc2)
+    watched = any(m._forward_hooks or m._forward_pre_hooks for m in layers)
+    drops = mlp.training and mlp.drop1.p > 0
+    if watched or drops or x.device.type != "cpu" or type(mlp.fc2) is not Linear:
+        return mlp.drop2(mlp.fc2(mlp.drop1(mlp.act(x))))
+    return mlp.drop2(gelu_linear(x, mlp.fc2.weight, mlp.fc2.bias))
+
+
+class TokenwiseMlp(Mlp):
+    """timm's feed-forward network; a CPU keeps one hidden map for the backward, not two.
+
+    Without gradients it takes tokens as its cache holds them: the hidden map of a first stage is
+    several times as wide as the map, and new memory for it takes as long as the products.
 
     Args:
         dim: channels of a channels-last map.
@@ -120,10 +134,12 @@ class TokenwiseMlp(Mlp):
 
     def forward(self, x: Tensor) -> Tensor:
         traced = torch.compiler.is_compiling() or plain_aten()
-        if traced or x.device.type != "cpu" or torch.is_grad_enabled() or self.training:
+        if traced or x.device.type != "cpu":
             return super().forward(x)
+        if torch.is_grad_enabled():
+            return second_half(self, self.fc1(x))
         tokens = max(1, _HIDDEN_BYTES // (self.fc1.out_features * x.element_size()))
-        if self.fc1.in_features >= _WIDE or x[..., 0].numel() < 2 * tokens:
+        if self.training or self.fc1.in_features >= _WIDE or x[..., 0].numel() < 2 * tokens:
             return super().forward(x)
         parts = x.flatten(0, -2).split(tokens)
         return torch.cat([super(TokenwiseMlp, self).forward(part) for part in parts]).view(x.shape)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitarium.ops import projection
-from vitarium.ops.projection import Linear, linear
+from vitarium.ops.projection import Linear, gelu_linear, linear
 
 needs_onednn = pytest.mark.skipif(not projection._ONEDNN, reason="MKL is as fast here, or absent")
 
@@ -79,7 +79,25 @@ def test_takes_any_strides(change: str) -> None:
         torch.testing.assert_close(have, want)
 
 
-def test_gradient_of_a_gradient() -> None:
+def _plain_gelu_linear(x: Tensor, *parameters: Tensor) -> Tensor:
+    return F.linear(F.gelu(x), *parameters)
+
+
+def test_gelu_is_computed_again() -> None:
+    tensors = _drawn((3, 4, 5), 6, True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        gelu_linear(*tensors)
+    assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in tensors[:2]}
+    plain = _with_gradients(_plain_gelu_linear, tensors)
+    for have, want in zip(_with_gradients(gelu_linear, tensors), plain, strict=True):
+        torch.testing.assert_close(have, want)
+
+
+@pytest.mark.parametrize(
+    "ours, plain", [(linear, F.linear), (gelu_linear, _plain_gelu_linear)], ids=["linear", "gelu"]
+)
+def test_gradient_of_a_gradient(ours, plain) -> None:
     tensors = _drawn((3, 4, 5), 6, True)
 
     def penalty(function) -> list[Tensor]:
@@ -88,7 +106,7 @@ def test_gradient_of_a_gradient() -> None:
         )
         return list(torch.autograd.grad(grad.square().sum(), tensors))
 
-    for have, want in zip(penalty(linear), penalty(F.linear)):
+    for have, want in zip(penalty(ours), penalty(plain), strict=True):
         torch.testing.assert_close(have, want)
 
 

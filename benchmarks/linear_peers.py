@@ -25,6 +25,11 @@ class _Copy(nn.Module):
         self.mixer: Any = copy.deepcopy(mixer)
         self.size = size
 
+    @staticmethod
+    def plain(layer: nn.Linear, x: Tensor) -> Tensor:
+        """PyTorch's linear layer, as papers have it."""
+        return F.linear(x, layer.weight, layer.bias)
+
     def heads(self, x: Tensor) -> Tensor:
         """`(B, heads, N, head_dim)` of `(B, N, C)`, contiguous."""
         return x.unflatten(-1, (self.mixer.num_heads, -1)).transpose(1, 2).contiguous()
@@ -36,7 +41,7 @@ class WrittenInLine(_Copy):
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, mixer = len(x), x.shape[-1], self.mixer
         tokens = x.flatten(1, 2)
-        q, k, v = map(self.heads, mixer.qkv(tokens).chunk(3, -1))
+        q, k, v = map(self.heads, self.plain(mixer.qkv, tokens).chunk(3, -1))
         share = (q.shape[-1] ** -0.5 / k.shape[2]) ** 0.5
         state = (k.transpose(-1, -2) * share) @ (v * share)
         rest = 1 - q @ k.mean(2, keepdim=True).transpose(-1, -2) * q.shape[-1] ** -0.5
@@ -46,7 +51,7 @@ class WrittenInLine(_Copy):
         local = F.conv2d(maps, weight, padding=1, groups=batch * channels)
         output = output.transpose(1, 2).reshape(tokens.shape)
         output = output + local.reshape(batch, channels, -1).transpose(1, 2)
-        return mixer.proj(output).view(x.shape)
+        return self.plain(mixer.proj, output).view(x.shape)
 
 
 class WrittenFocused(_Copy):
@@ -61,7 +66,7 @@ class WrittenFocused(_Copy):
 
     def forward(self, x: Tensor) -> Tensor:
         mixer, tokens = self.mixer, x.flatten(1, 2)
-        query, key, value = mixer.qkv(tokens).chunk(3, -1)
+        query, key, value = self.plain(mixer.qkv, tokens).chunk(3, -1)
         key = key + mixer.positional_encoding
         q, k, v = map(self.heads, (self.focus(query), self.focus(key), value))
         count = k.shape[2]
@@ -70,7 +75,7 @@ class WrittenFocused(_Copy):
         output = (q @ state * weight).transpose(1, 2).reshape(tokens.shape)
         local = mixer.dwc(v.flatten(0, 1).transpose(1, 2).unflatten(-1, self.size))
         local = local.reshape(len(x), -1, count).transpose(1, 2)
-        return mixer.proj(output + local).view(x.shape)
+        return self.plain(mixer.proj, output + local).view(x.shape)
 
 
 class Products(_Copy):

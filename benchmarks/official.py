@@ -6,6 +6,7 @@ logits before they are timed. Process CPU time on one thread; on CUDA time betwe
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vitarium.benchmarks import memory, record, timer
-from vitarium.benchmarks.arguments import device_named, known
+from vitarium.benchmarks.arguments import DTYPES, device_named, known
 from vitarium.benchmarks.mixers import MODES, OURS, TOLERANCE, Outcome
 from vitarium.benchmarks.official_code import OFFICIAL
 from vitarium.zoo import load_checkpoint
@@ -30,6 +31,7 @@ def bench_official(
     device: str | None = None,
     batch_size: int = 4,
     image_size: int = 224,
+    dtypes: Sequence[str] = ("float32",),
     modes: Sequence[str] = MODES,
     threads: int = 1,
     min_rounds: int = 5,
@@ -37,7 +39,7 @@ def bench_official(
     output: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
-    """Measure backbones beside the official ones, in float32.
+    """Measure backbones beside the official ones.
 
     Drop path and dropout are off in training: they would draw other numbers in either model.
 
@@ -47,10 +49,11 @@ def bench_official(
         device: "cpu" or "cuda"; CUDA if there is any, if None.
         batch_size: images.
         image_size: side of the images; most official models take 224 only.
+        dtypes: of weights and images; outputs are compared in float32 only.
         modes: of "forward" (in inference mode) and "training" (forward and backward).
         threads: threads that torch uses on the CPU.
         min_rounds: samples per model at least.
-        seconds: time given to each backbone in each mode.
+        seconds: time given to each backbone in each dtype and mode.
         output: JSON Lines file that records are appended to.
         progress: called with a line about each backbone.
 
@@ -63,6 +66,7 @@ def bench_official(
     target = device_named(device)
     names = known("model", names, OFFICIAL) or tuple(OFFICIAL)
     known("mode", modes, MODES)
+    known("dtype", dtypes, DTYPES)
     for argument, value in (("batch_size", batch_size), ("image_size", image_size)):
         if value < 1:
             raise ValueError(f"{argument}={value} must be at least 1")
@@ -75,9 +79,9 @@ def bench_official(
             if problem:
                 outcome.refused.append(f"{name}: {problem}")
                 continue
-            for mode in modes:
-                progress(f"{name} {mode}")
-                found = _measured(name, models, images, mode, min_rounds, seconds)
+            for dtype, mode in itertools.product(dtypes, modes):
+                progress(f"{name} {dtype} {mode}")
+                found = _measured(name, models, images, dtype, mode, min_rounds, seconds)
                 if output is not None:
                     record.append(output, found)
                 outcome.records.extend(found)
@@ -114,12 +118,14 @@ def _measured(
     name: str,
     models: Mapping[str, nn.Module],
     images: Tensor,
+    dtype: str,
     mode: str,
     min_rounds: int,
     seconds: float,
 ) -> list[record.Record]:
+    images = images.to(DTYPES[dtype])
     for model in models.values():
-        model.train(mode == "training")
+        model.to(images.dtype).train(mode == "training")
     calls = {key: _call(model, images, mode) for key, model in models.items()}
     samples = timer.interleave(
         calls,
@@ -139,7 +145,7 @@ def _measured(
             name=name,
             implementation=key,
             mode=mode,
-            dtype="float32",
+            dtype=dtype,
             shapes={"x": list(images.shape)},
             arguments={},
             case=f"{images.shape[2]}x{images.shape[3]} batch {len(images)}",
@@ -159,10 +165,10 @@ def _call(model: nn.Module, images: Tensor, mode: str) -> Callable[[], object]:
 
         return forward
     parameters = [p for p in model.parameters() if p.requires_grad]
-    grad = torch.ones(len(images), 1, device=images.device)
 
     def step() -> object:
         logits = model(images)
-        return torch.autograd.grad(logits, parameters, grad.expand_as(logits), allow_unused=True)
+        grad = torch.ones_like(logits)
+        return torch.autograd.grad(logits, parameters, grad, allow_unused=True)
 
     return step

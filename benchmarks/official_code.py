@@ -132,6 +132,11 @@ def _moved() -> dict[str, types.ModuleType]:
     return found
 
 
+def _places(module: types.ModuleType) -> list[str]:
+    """Where a module lies."""
+    return [str(getattr(module, "__file__", None)), *map(str, getattr(module, "__path__", ()))]
+
+
 @contextlib.contextmanager
 def building(folder: Path) -> Iterator[None]:
     """Imports find the folder's modules, which are forgotten afterwards."""
@@ -151,11 +156,11 @@ def building(folder: Path) -> Iterator[None]:
         timm.models.register_model, timm.models.vision_transformer._cfg = register, cfg
         sys.meta_path.remove(finder)
         sys.path = path
-        for name in set(sys.modules) - set(before):
-            module = sys.modules[name]
-            places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
-            if isinstance(module, _Anything) or any(
-                str(place).startswith(str(folder)) for place in places
+        # Places first: a namespace package looks for its parent, which may be gone by its turn.
+        places = {name: _places(sys.modules[name]) for name in set(sys.modules) - set(before)}
+        for name, found in places.items():
+            if isinstance(sys.modules[name], _Anything) or any(
+                place.startswith(str(folder)) for place in found
             ):
                 del sys.modules[name]
         for name in _moved():

@@ -67,12 +67,13 @@ def test_both_are_timed_and_nothing_stays_behind(clones):
     output = clones / "official.jsonl"
     outcome = bench_official(
         ["dinat_nano"], clones=clones, device="cpu", image_size=32, batch_size=2, min_rounds=1,
-        seconds=0.0, output=output,
+        seconds=0.0, output=output, dtypes=["float32", "bfloat16"],
     )  # fmt: skip
     assert outcome.refused == []
     assert record.read(output) == outcome.records
-    assert [(r.implementation, r.mode) for r in outcome.records] == [
-        (OURS, "forward"), (THEIRS, "forward"), (OURS, "training"), (THEIRS, "training")
+    assert [(r.dtype, r.implementation, r.mode) for r in outcome.records] == [
+        (dtype, implementation, mode) for dtype in ("float32", "bfloat16")
+        for mode in ("forward", "training") for implementation in (OURS, THEIRS)
     ]  # fmt: skip
     assert all(r.median > 0 and r.peak_memory for r in outcome.records)
     assert outcome.records[0].params == outcome.records[1].params

@@ -286,6 +286,15 @@ def spread(cells: Tensor, side: int, size: Sequence[int]) -> Tensor:
     return tokens[:, : size[0], : size[1]].movedim(-1, 1)
 
 
+def auxiliary_losses(model: nn.Module) -> list[Tensor]:
+    """Losses that parts of a model ask to be trained with, in the order of the parts.
+
+    A part has one in its attribute `auxiliary_loss`: that of its last forward in training, or None.
+    """
+    losses = (getattr(module, "auxiliary_loss", None) for module in model.modules())
+    return [loss for loss in losses if loss is not None]
+
+
 def qkv_heads(
     qkv: nn.Linear, x: Tensor, num_heads: int, context: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -226,6 +226,11 @@ class HeadRouter(nn.Module):
             return gate, None
         return gate, F.pad(active, (self.shared_head, 0), value=True)
 
+    @property
+    def auxiliary_loss(self) -> Tensor | None:
+        """The balance loss, for `vitarium.ops.auxiliary_losses`."""
+        return self.balance_loss
+
     @staticmethod
     def _balance_loss(scores: Tensor, active: Tensor) -> Tensor:
         experts = scores.shape[-1]

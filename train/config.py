@@ -159,6 +159,8 @@ class TrainConfig:
         optimizer: the optimizer.
         schedule: the learning rate over the run.
         augment: how training images are varied.
+        auxiliary_loss: factor on the mean of the losses that mixers ask to be trained with, such as
+            the load balance of chosen heads (0.01 in arXiv 2410.11842); added to the loss.
         ema_decay: decay of the moving average of the weights, which is then what is evaluated
             and saved; null for none.
         precision: "no" (float32), "bf16" or "fp16" mixed precision.
@@ -180,6 +182,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    auxiliary_loss: float = 0.01
     ema_decay: float | None = None
     precision: Literal["no", "bf16", "fp16"] = "no"
     device: Literal["auto", "cpu"] = "auto"
@@ -198,6 +201,7 @@ class TrainConfig:
             _integer("image_size", self.image_size, 1)
         if self.crop_pct is not None:
             _number("crop_pct", self.crop_pct, 0.01, 1)
+        _number("auxiliary_loss", self.auxiliary_loss)
         if self.ema_decay is not None:
             _number("ema_decay", self.ema_decay, 0, 1)
         _require(

@@ -22,6 +22,7 @@ from rich.console import Console
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
+from vitarium.ops import auxiliary_losses
 from vitarium.train import checkpoint as files
 from vitarium.train import setup
 from vitarium.train.config import TrainConfig
@@ -191,6 +192,9 @@ class _Run:
         seed_all(self.config.seed, STEP, self.step, self.accelerator.process_index)
         images, targets = self.prepare(images, targets)
         loss = self.loss_function(self.model(images), targets)
+        auxiliary = auxiliary_losses(self.network)
+        if auxiliary:
+            loss = loss + self.config.auxiliary_loss * torch.stack(auxiliary).mean()
         value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(

@@ -285,3 +285,22 @@ def test_signals_to_the_command(
     assert resumed.returncode == 0, resumed.stderr
     reference = train(config, output=tmp_path / "reference")
     assert_same_run(reference.folder, run)
+
+
+def test_losses_of_mixers_are_trained_with(tiny_config: TrainConfig) -> None:
+    """The balance of chosen heads is part of the loss, and the loop knows nothing of the mixer."""
+    mixers = [("mixture_of_head", {"num_heads": 2, "shared_head": 0, "routed_head": 1})] * 3
+    kwargs = {"mixers": mixers, "dims": (16, 16, 16)}
+
+    def first_step(factor: float) -> tuple[float, torch.Tensor]:
+        config = dataclasses.replace(tiny_config, model_kwargs=kwargs, auxiliary_loss=factor)
+        run = _Run(config)
+        run.model.train()
+        (images, targets), *_ = run.loader
+        before = run.network.stages[0].blocks[0].mixer.router.wg.weight.clone()
+        loss = run._train_step(images, targets)
+        return loss, run.network.stages[0].blocks[0].mixer.router.wg.weight - before
+
+    (plain, change), (balanced, other) = first_step(0.0), first_step(10.0)
+    assert 5 < balanced - plain < 20  # about 1 where heads are chosen alike
+    assert not torch.equal(change, other)

@@ -14,10 +14,12 @@ from vitarium.zoo import (
 )
 from vitarium.zoo.checkpoint import CheckpointReport, load_checkpoint
 from vitarium.zoo.convert import from_checkpoint
+from vitarium.zoo.detection import BackboneWithFPN
 from vitarium.zoo.pyramid import Pyramid
 from vitarium.zoo.registry import Published, list_models, published
 
 __all__ = [
+    "BackboneWithFPN",
     "CheckpointReport",
     "Published",
     "Pyramid",

@@ -49,5 +49,5 @@ class BackboneWithFPN(nn.Module):
         self.out_channels = out_channels
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        """Maps `(B, out_channels, H', W')` by name, "0" for the finest, of images `(B, C, H, W)`."""
+        """Maps `(B, out_channels, H', W')`, "0" the finest, of images `(B, C, H, W)`."""
         return self.fpn(OrderedDict((str(i), f) for i, f in enumerate(self.body(x))))

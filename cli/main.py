@@ -19,6 +19,7 @@ COMMANDS = {
     "eval": "evaluate a checkpoint on held-out images",
     "predict": "classify image files with a checkpoint",
     "convert": "write an official checkpoint as safetensors in our names",
+    "export": "write a model as a torch.export program and as ONNX, checked",
     "bench": "measure models: parameters, GFLOPs, latency, throughput, memory",
     "list": "list the models of this package, with published figures",
     "info": "describe one model",

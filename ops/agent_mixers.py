@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitarium.ops import dispatch
 from vitarium.ops.agent import NAME, agent_attention
-from vitarium.ops.mixer import Mixer, qkv_heads, spread
+from vitarium.ops.mixer import Mixer, pad_map, qkv_heads, spread
 from vitarium.ops.projection import Linear, linear
 
 Size = tuple[int, int]
@@ -385,8 +385,7 @@ class AgentReducedAttention(Agents, Mixer, name="agent_pvt"):
     def mix(self, x: Tensor) -> Tensor:
         ratio, source = self.sr_ratio, x
         if ratio > 1:
-            below, right = (-length % ratio for length in _size(x))
-            padded = F.pad(x, (0, 0, 0, right, 0, below)) if below or right else x
+            padded = pad_map(x, [-length % ratio for length in _size(x)])
             source = self.norm(convolved(self.sr, padded))
         query = self.q(x).unflatten(-1, (self.num_heads, -1))
         key, value = self.kv(source).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)

@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitarium.ops import dispatch
 from vitarium.ops.attention import attention
 from vitarium.ops.bilevel_routing import NAME, bilevel_routing_attention, route
-from vitarium.ops.mixer import Mixer, qkv_heads
+from vitarium.ops.mixer import Mixer, pad_map, qkv_heads
 from vitarium.ops.projection import Linear
 
 PAPER = "BiFormer (arXiv 2303.08810)"
@@ -157,7 +156,7 @@ class BiLevelRoutingAttention(Mixer, name="bilevel_routing"):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value maps that the grid divides, `(B, H, W, num_heads, channels)`."""
         lack = [-length % n for length, n in zip(x.shape[1:3], self.n_win)]
-        x = F.pad(x, (0, 0, 0, lack[1], 0, lack[0])) if any(lack) else x
+        x = pad_map(x, lack)
         parts = self.qkv(x).split([self.qk_dim, self.qk_dim, self.dim], -1)
         query, key, value = (part.unflatten(-1, (self.num_heads, -1)) for part in parts)
         return query, key, value
@@ -301,8 +300,7 @@ class BiLevelRoutingAttentionNCHW(BiLevelRoutingAttention, name="bilevel_routing
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         lack = [-length % size for length, size in zip(x.shape[1:3], self._region(*x.shape[1:3]))]
-        qkv = self.qkv(x)
-        qkv = F.pad(qkv, (0, 0, 0, lack[1], 0, lack[0])) if any(lack) else qkv
+        qkv = pad_map(self.qkv(x), lack)
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         return query, key, value
 

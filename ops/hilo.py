@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitarium.ops import dispatch
 from vitarium.ops.attention import attention
-from vitarium.ops.mixer import Mixer, qkv_heads, spread
+from vitarium.ops.mixer import Mixer, pad_map, qkv_heads, spread
 from vitarium.ops.projection import Linear
 from vitarium.ops.window import window_attention
 
@@ -96,8 +96,7 @@ class HiLoAttention(Mixer, name="hilo"):
 
     def mix(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
-        below, right = (-length % self.window_size for length in (height, width))
-        padded = F.pad(x, (0, 0, 0, right, 0, below)) if below or right else x
+        padded = pad_map(x, [-length % self.window_size for length in (height, width)])
         found = []
         if self.h_heads:
             found.append(self._near(padded)[:, :height, :width])

@@ -16,7 +16,7 @@ from vitarium.ops import dispatch
 from vitarium.ops.inline_mixers import JointProjection
 from vitarium.ops.linear import NAME, NORMALIZATIONS, FeatureMap, linear_attention
 from vitarium.ops.linear_features import FEATURE_MAPS
-from vitarium.ops.mixer import Mixer, qkv_heads
+from vitarium.ops.mixer import Mixer, pad_map, qkv_heads
 from vitarium.ops.partition import InWindows, Pair, window_and_shift
 from vitarium.ops.projection import Linear
 
@@ -217,8 +217,7 @@ class FocusedLinearAttention(JointProjection, Mixer, name="focused_linear"):
 
     def _pooled(self, x: Tensor) -> Tensor:
         lack = [-length % self.sr_ratio for length in x.shape[1:3]]
-        if any(lack):
-            x = F.pad(x, (0, 0, 0, lack[1], 0, lack[0]))
+        x = pad_map(x, lack)
         return self.norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
     def _local(self, value: Tensor, size: Pair) -> Tensor:

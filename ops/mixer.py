@@ -258,6 +258,14 @@ def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
     return F.pad(x, (0, 0, 0, size[1] - x.shape[2], 0, size[0] - x.shape[1]))
 
 
+def pad_map(x: Tensor, lack: Sequence[int]) -> Tensor:
+    """`(B, H, W, C)` with `lack` rows and columns of zeros more, at the bottom and right."""
+    # Whether a size that an exporter leaves free lacks anything must not be asked: the answer
+    # would hold for the exported program.
+    free = dispatch.exporting() and any(isinstance(length, torch.SymInt) for length in lack)
+    return F.pad(x, (0, 0, 0, lack[1], 0, lack[0])) if free or any(lack) else x
+
+
 def weights_on_values(
     attend: Callable[[Tensor], Tensor], x: Tensor, num_heads: int, query: tuple[int, int]
 ) -> Tensor:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vitarium.ops import dispatch
-from vitarium.ops.mixer import Mixer
+from vitarium.ops.mixer import Mixer, pad_map
 
 Pair = tuple[int, int]
 
@@ -54,8 +53,7 @@ class Partition(NamedTuple):
     def split(self, x: Tensor) -> Tensor:
         """`(B * windows, height, width, C)` of a map `(B, H, W, C)`."""
         lack = [-length % window for length, window in zip(self.map_size, self.window_size)]
-        if any(lack):
-            x = F.pad(x, (0, 0, 0, lack[1], 0, lack[0]))
+        x = pad_map(x, lack)
         if any(self.shift):
             x = torch.roll(x, (-self.shift[0], -self.shift[1]), (1, 2))
         (rows, columns), (tall, wide) = self.grid, self.window_size

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, register_notrace_module
 from torch import Tensor, nn
 
+from vitarium.ops.mixer import pad_map
 from vitarium.ops.projection import Linear, linear
 from vitarium.zoo.checkpoint import backbone_entries
 from vitarium.zoo.parts import Block, patch_stem, second_half
@@ -123,9 +124,7 @@ class DeformableMerging(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        missing = [max(0, 2 - length) for length in x.shape[1:3]]
-        if any(missing):
-            x = F.pad(x, (0, 0, 0, missing[1], 0, missing[0]))
+        x = pad_map(x, [max(0, 2 - length) for length in x.shape[1:3]])
         offset = self.offset(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         x = linear(_sampled(x, offset), self.weight, self.bias)
         return self.act(self.norm(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)

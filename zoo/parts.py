@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import (
     DropPath,
     LayerScale,
@@ -16,6 +15,7 @@ from timm.layers import (
 from torch import Tensor, nn
 
 from vitarium.ops.dispatch import plain_aten
+from vitarium.ops.mixer import pad_map
 from vitarium.ops.projection import Linear, gelu_linear, linear
 
 _HIDDEN_BYTES = 2**21  # of hidden tokens that stay in a core's cache
@@ -91,7 +91,7 @@ class PatchConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         lack = [max(0, p - length) for p, length in zip(self.kernel_size, x.shape[1:3])]
-        x = F.pad(x, (0, 0, 0, lack[1], 0, lack[0])) if any(lack) else x
+        x = pad_map(x, lack)
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 

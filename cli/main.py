@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train a model on digits or on your own folder of class folders",
     "eval": "evaluate a checkpoint on held-out images",
     "predict": "classify image files with a checkpoint",
+    "explain": "draw where a position of an image looks, and which heads matter",
     "convert": "write an official checkpoint as safetensors in our names",
     "export": "write a model as a torch.export program and as ONNX, checked",
     "bench": "measure models: parameters, GFLOPs, latency, throughput, memory",

@@ -204,6 +204,7 @@ class AgentCrossShapedAttention(Mixer, name="agent_cswin"):
                 f"AgentCrossShapedAttention: num_heads={num_heads} must divide dim={dim}, and the "
                 f"branches, {count}, must divide num_heads"
             )
+        self.num_heads = num_heads
         factory = {"device": device, "dtype": dtype}
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         self.proj = Linear(dim, dim, **factory)

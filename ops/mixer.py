@@ -143,6 +143,36 @@ class Mixer(nn.Module):
             raise ValueError(f"query={tuple(query)} is outside the map ({height}, {width})")
         return self._attention_map(x, row, column)
 
+    @torch.no_grad()
+    def token_attention_map(
+        self, x: Tensor, size: tuple[int, int], query: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """`attention_map` of a mixer with `mix_tokens`, whose map follows a class token.
+
+        Args:
+            x: `(B, N, C)`, of which the last H * W tokens are a map.
+            size: H and W.
+            query: row and column of the output.
+
+        Returns:
+            `(B, num_heads, H, W)`, and the weights on the tokens before the map,
+            `(B, num_heads, N - H * W)`.
+
+        Raises:
+            ValueError: `query` lies outside of the map.
+        """
+        height, width = size
+        row, column = query
+        if not (0 <= row < height and 0 <= column < width):
+            raise ValueError(f"query={tuple(query)} is outside the map ({height}, {width})")
+        with dispatch.recording() as calls:
+            self.mix_tokens(x, size)
+        before = x.shape[1] - height * width
+        wanted = x.new_zeros(x.shape[0], 1, 1, x.shape[1])  # a map of one row
+        wanted[..., before + row * width + column] = 1
+        weights = self._followed(calls, wanted)[:, :, 0]
+        return weights[..., before:].unflatten(-1, size), weights[..., :before]
+
     def _attention_map(self, x: Tensor, row: int, column: int) -> Tensor:
         """What `attention_map` returns, followed through the operator calls of a forward."""
         with dispatch.recording() as calls:

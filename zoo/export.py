@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -256,8 +257,9 @@ def _summary(error: BaseException) -> str:
     """The cause of an exporter's error on one line: its own words, without the advice."""
     while error.__cause__ is not None and "onnx" in type(error.__cause__).__module__ + str(error):
         error = error.__cause__
-    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3])[:500] or type(error).__name__
+    text = re.split(r"If you're using|Suggested fixes|The error above", str(error))[0]
+    text = text.replace('For more information, run with TORCH_LOGS="+dynamic".', "")
+    return " ".join(text.split())[:400] or type(error).__name__
 
 
 @contextmanager

@@ -56,8 +56,11 @@ class _PathBySize(nn.Module):
 
 
 def test_a_size_that_decides_the_path_is_named():
-    with pytest.raises(ValueError, match=r"the size cannot be free.* none but 32 x 40 pixels"):
+    with pytest.raises(ValueError, match=r"without a dynamic size.*to be a constant \(32\)\."):
         trace(_PathBySize(), (32, 40), dynamic_size=True)
+    narrow = nn.Sequential(nn.AvgPool2d(8), nn.ReflectionPad2d(6), nn.AdaptiveAvgPool2d(1))
+    with pytest.raises(ValueError, match="refuses images of 32 x 40 pixels"):
+        trace(narrow, (32, 40))
     assert trace(_PathBySize(), (32, 40)).ranges == {"batch": (1, None)}
 
 

@@ -18,7 +18,8 @@ from vitarium.cli.main import COMMANDS, main
 from vitarium.train.checkpoint import load_model
 from vitarium.train.config import TrainConfig, find_recipe
 from vitarium.train.data import digit_image, load_data
-from vitarium.train.plots import attention_maps, attention_picture
+from vitarium.train.explain import attention_views
+from vitarium.train.plots import attention_picture
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -102,11 +103,13 @@ def test_attention_maps_are_those_of_the_mixers(digits_run: Path, tmp_path: Path
     held_out = load_data("digits").held_out
     pixels = torch.as_tensor(description.input.transform()(held_out.images[0]))[None]
     image = description.input.normalize(pixels)
-    logits, maps = attention_maps(model, image, (0.2, 0.8))
+    logits, views = attention_views(model, image, (0.2, 0.8))
     with torch.no_grad():
         assert torch.equal(logits, model(image))
-    assert list(maps) == [name for name, _ in model.named_modules() if name.endswith(".mixer")]
-    first = next(iter(maps.values()))
+    names = [name for name, _ in model.named_modules() if name.endswith(".mixer")]
+    assert [view.name for view in views] == names
+    assert views[0].query == (1, 6)
+    first = views[0].weights.mean(0)
     assert first.shape == (8, 8)
     assert first.sum().item() == pytest.approx(1, abs=1e-5)
     window = torch.zeros(8, 8, dtype=torch.bool)

@@ -17,9 +17,7 @@ ENCODERS = {
     "transnext_micro": {"embed_dim": 24, "depths": (1, 1, 1, 1)},
     "crossformer_tiny": {"embed_dim": 32, "depths": (1, 1, 1, 1)},
     "litv2_small": {"embed_dim": 32, "depths": (1, 1, 1, 1)},
-    "agent_swin_tiny": {"embed_dim": 32, "depths": (1, 1, 1, 1)},
     "inline_pvt_tiny": {"embed_dims": (16, 32, 40, 64), "depths": (1, 1, 1, 1)},
-    "flowformer_cv": {"embed_dim": 24, "depths": (1, 1, 1, 1)},
 }
 
 

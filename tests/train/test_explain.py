@@ -13,7 +13,7 @@ import vitarium.zoo  # noqa: F401
 from vitarium.cli.main import main
 from vitarium.ops import NeighborhoodAttention, build_mixer
 from vitarium.train.explain import attention_views, evenly, head_importance, last_of_stages
-from vitarium.train.plots import PanelRow, draw_attention, explain_picture
+from vitarium.train.plots import PanelRow, draw_attention, explain_picture, most_contrast
 
 # Of every host and way to call a mixer one.
 MODELS = {
@@ -167,9 +167,12 @@ def test_command_draws_and_prints(tmp_path, capsys, monkeypatch):
     assert drawn[0].point == pytest.approx((15.5 / 40, (45.5 - 10) / 40), abs=0.03)
     assert len(drawn) == 5 and drawn[0].panels[0].weights.shape == (8, 8)
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("e.png", "e-heads.png"))
-    drawn.clear()
-    assert main(arguments) == 0  # the white square
-    assert drawn[0].point == pytest.approx((15 / 40, 35 / 40), abs=0.07)
+
+
+def test_most_contrast_is_where_the_image_differs():
+    pixels = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    pixels[:, 10:20, 30:40] = 255
+    assert most_contrast(pixels) == pytest.approx((15 / 40, 35 / 40), abs=0.07)
 
 
 @pytest.mark.parametrize(

@@ -107,38 +107,17 @@ class HaloAttention(Mixer, name="halo"):
 
     def mix(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         check_context(self, x, context)
-        height, width = x.shape[1:3]
-        after = [-length % self.block_size for length in (height, width)]
-        query = self.q(x).unflatten(-1, (self.num_heads, -1))
-        query = _surround(query, 0, after)
-        content = query if self.scale_pos_embed else query * self.scale
-        logits = self.pos_embed(query, self.block_size)
-        query = torch.cat([content, *logits], dim=-1)
-
-        key_value = _surround(
+        output = halo_attention(
+            self.q(x).unflatten(-1, (self.num_heads, -1)),
             self.kv(x if context is None else context).unflatten(-1, (self.num_heads, -1)),
-            self.halo_size,
-            after,
+            self.pos_embed.height_rel,
+            self.pos_embed.width_rel,
+            block_size=self.block_size,
+            halo_size=self.halo_size,
+            scale=self.scale,
+            scale_pos_embed=self.scale_pos_embed,
         )
-        key, value = key_value.split([self.dim_head, self.dim // self.num_heads], dim=-1)
-        window = self.window_size
-        row, column = (
-            F.one_hot(torch.arange(length, device=x.device) % window, window).to(key.dtype)
-            for length in key.shape[1:3]
-        )
-        shape = (*key.shape[:-1], window)
-        key = torch.cat(
-            [key, row[:, None, None].expand(shape), column[:, None].expand(shape)], dim=-1
-        )
-        output = window_attention(
-            query,
-            key,
-            value,
-            self.block_size,
-            halo=self.halo_size,
-            scale=self.scale if self.scale_pos_embed else 1.0,
-        )
-        return self.proj_drop(output[:, :height, :width].flatten(-2))
+        return self.proj_drop(output.flatten(-2))
 
     def extra_repr(self) -> str:
         return (
@@ -174,33 +153,82 @@ class RelativePositionEmbedding(nn.Module):
         for embedding in self.parameters():
             nn.init.trunc_normal_(embedding, std=embedding.shape[1] ** -0.5)
 
-    def forward(self, query: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-        """Logits of queries `(B, H, W, num_heads, dim_head)` for rows, and for columns.
 
-        Returns:
-            Twice `(B, H, W, num_heads, w)`; entry m is of the row (column) of a query's window
-            whose place on the bordered map is m modulo w.
-        """
-        rows, columns = (
-            embedding[self._index(length, block_size, query.device)]
-            for embedding, length in zip((self.height_rel, self.width_rel), query.shape[1:3])
-        )
-        return (
-            torch.einsum("byxhd,ymd->byxhm", query, rows.to(query.dtype)),
-            torch.einsum("byxhd,xmd->byxhm", query, columns.to(query.dtype)),
-        )
+def halo_attention(
+    query: Tensor,
+    key_value: Tensor,
+    height_rel: Tensor,
+    width_rel: Tensor,
+    *,
+    block_size: int,
+    halo_size: int,
+    scale: float,
+    scale_pos_embed: bool,
+) -> Tensor:
+    """Attention of blocks to a halo around them, of any map; beyond it are zeros.
 
-    def _index(self, length: int, block_size: int, device: torch.device) -> Tensor:
-        """Index of the embedding `(length, w)` for a query and a place modulo w.
+    Args:
+        query: `(B, H, W, num_heads, dim_head)`.
+        key_value: `(B, H, W, num_heads, dim_head + value_dim)`.
+        height_rel, width_rel: embeddings `(2 * w - 1, dim_head)` of distances in rows and columns,
+            w = block_size + 2 halo_size; see `RelativePositionEmbedding`.
+        block_size, halo_size, scale_pos_embed: as in `HaloAttention`.
+        scale: factor on the scores.
 
-        Embeddings are counted by place of the key in the window minus place of the query in its
-        block, as in timm; the least that occurs has index `w - block_size`.
-        """
-        query = torch.arange(length, device=device)[:, None]
-        start = query // block_size * block_size  # of the window, on the bordered map
-        place = torch.arange(self.window_size, device=device)
-        key = (place - start) % self.window_size
-        return key - (query - start) + self.window_size - 1
+    Returns:
+        `(B, H, W, num_heads, value_dim)`.
+    """
+    height, width = query.shape[1:3]
+    dim_head, window = query.shape[-1], block_size + 2 * halo_size
+    after = [-length % block_size for length in (height, width)]
+    query = _surround(query, 0, after)
+    content = query if scale_pos_embed else query * scale
+    logits = _relative_logits(query, height_rel, width_rel, block_size)
+    query = torch.cat([content, *logits], dim=-1)
+    key_value = _surround(key_value, halo_size, after)
+    key, value = key_value.split([dim_head, key_value.shape[-1] - dim_head], dim=-1)
+    row, column = (
+        F.one_hot(torch.arange(length, device=key.device) % window, window).to(key.dtype)
+        for length in key.shape[1:3]
+    )
+    shape = (*key.shape[:-1], window)
+    key = torch.cat([key, row[:, None, None].expand(shape), column[:, None].expand(shape)], dim=-1)
+    output = window_attention(
+        query, key, value, block_size, halo=halo_size, scale=scale if scale_pos_embed else 1.0
+    )
+    return output[:, :height, :width]
+
+
+def _relative_logits(
+    query: Tensor, height_rel: Tensor, width_rel: Tensor, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Logits of queries `(B, H, W, num_heads, dim_head)` for rows, and for columns.
+
+    Returns:
+        Twice `(B, H, W, num_heads, w)`; entry m is of the row (column) of a query's window whose
+        place on the bordered map is m modulo w.
+    """
+    rows, columns = (
+        embedding[_distances(length, block_size, (len(embedding) + 1) // 2, query.device)]
+        for embedding, length in zip((height_rel, width_rel), query.shape[1:3])
+    )
+    return (
+        torch.einsum("byxhd,ymd->byxhm", query, rows.to(query.dtype)),
+        torch.einsum("byxhd,xmd->byxhm", query, columns.to(query.dtype)),
+    )
+
+
+def _distances(length: int, block_size: int, window: int, device: torch.device) -> Tensor:
+    """Index of the embedding `(length, window)` for a query and a place modulo `window`.
+
+    Embeddings are counted by place of the key in the window minus place of the query in its block,
+    as in timm; the least that occurs has index `window - block_size`.
+    """
+    query = torch.arange(length, device=device)[:, None]
+    start = query // block_size * block_size  # of the window, on the bordered map
+    place = torch.arange(window, device=device)
+    key = (place - start) % window
+    return key - (query - start) + window - 1
 
 
 class OverlappingCrossAttention(Mixer, name="overlapping_cross"):

@@ -148,13 +148,19 @@ def unknown_positions(*names: str) -> Any:
     return unfit
 
 
-def position_bias(rel_pos: Any) -> Tensor | None:
-    """The operator's bias `(num_heads, 2 * h - 1, 2 * w - 1)` of timm's relative positions."""
+def position_bias(rel_pos: Any, offsets: Tensor | None = None) -> Tensor | None:
+    """The operator's bias `(num_heads, 2 * h - 1, 2 * w - 1)` of timm's relative positions.
+
+    Args:
+        rel_pos: timm's module of them, or None.
+        offsets: what its network takes, if it is one and the window is not the module's.
+    """
     if rel_pos is None:
         return None
     if hasattr(rel_pos, "mlp"):
-        offsets = rel_pos.bias_act(rel_pos.mlp(rel_pos.rel_coords_log).permute(2, 0, 1).flip(1, 2))
-        return offsets if rel_pos.bias_gain is None else rel_pos.bias_gain * offsets
+        offsets = rel_pos.rel_coords_log if offsets is None else offsets
+        bias = rel_pos.bias_act(rel_pos.mlp(offsets).permute(2, 0, 1).flip(1, 2))
+        return bias if rel_pos.bias_gain is None else rel_pos.bias_gain * bias
     table = rel_pos.relative_position_bias_table
     return table if table.dim() == 3 else table_bias(table, rel_pos.window_size)
 

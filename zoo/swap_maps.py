@@ -1,0 +1,149 @@
+"""Outlook and channel attention, focal modulation and cascaded groups of timm's models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitarium.ops import attention, channel_attention, outlook_attention
+from vitarium.ops.mixer import qkv_heads
+from vitarium.zoo.swap import adapt
+from vitarium.zoo.swap_windows import pointwise
+
+DAVIT = "timm.models.davit"
+
+# --- VOLO ----------------------------------------------------------------------------------------
+
+
+@adapt(
+    "timm.models.volo.OutlookAttention",
+    mixer="outlook",
+    dropout="attn_drop",
+    needs=(
+        *("v", "attn", "proj", "proj_drop", "pool"),
+        *("num_heads", "kernel_size", "padding", "stride", "scale"),
+    ),
+)
+def outlook(attn: Any, x: Tensor) -> Tensor:
+    """VOLO's outlook attention, on a channels-last map."""
+    cells = attn.pool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if attn.stride > 1 else x
+    places = attn.kernel_size**2
+    output = outlook_attention(
+        attn.attn(cells).unflatten(-1, (attn.num_heads, places, places)),
+        attn.v(x).unflatten(-1, (attn.num_heads, -1)),
+        attn.kernel_size,
+        stride=attn.stride,
+        padding=attn.padding,
+        scale=attn.scale,
+    )
+    return attn.proj_drop(attn.proj(output.flatten(-2)))
+
+
+# --- DaViT ---------------------------------------------------------------------------------------
+
+
+@adapt(f"{DAVIT}.ChannelAttention", mixer="channel", needs=("qkv", "proj", "num_heads", "scale"))
+def channel(attn: Any, x: Tensor) -> Tensor:
+    """DaViT's channel attention of tokens `(B, N, C)`."""
+    value, query, key = qkv_heads(attn.qkv, x, attn.num_heads)
+    return attn.proj(channel_attention(query, key, value, scale=attn.scale).flatten(-2))
+
+
+@adapt(
+    f"{DAVIT}.ChannelAttentionV2",
+    mixer="channel_v2",
+    needs=("qkv", "proj", "groups", "head_dim", "dynamic_scale"),
+)
+def channel_v2(attn: Any, x: Tensor) -> Tensor:
+    """Channel attention of DaViT's second code, of tokens `(B, N, C)`."""
+    scale = (x.shape[1] if attn.dynamic_scale else attn.head_dim) ** -0.5
+    output = channel_attention(*qkv_heads(attn.qkv, x, attn.groups), scale=scale)
+    return attn.proj(output.flatten(-2))
+
+
+# --- FocalNet ------------------------------------------------------------------------------------
+
+
+@adapt(
+    "timm.models.focalnet.FocalModulation",
+    mixer="focal",
+    needs=(
+        *("f", "h", "act", "proj", "proj_drop", "norm", "focal_layers"),
+        *("input_split", "focal_level", "normalize_modulator"),
+    ),
+    unfit=lambda attn: None if attn.focal_level else "no levels, which timm cannot compute",
+)
+def focal(attn: Any, x: Tensor) -> Tensor:
+    """Focal modulation, on a channels-first map."""
+    query, context, gates = attn.f(x).split(attn.input_split, 1)
+    modulator: Any = 0
+    for level, layer in enumerate(attn.focal_layers):
+        context = layer(context)
+        gate = gates[:, level : level + 1]
+        modulator = torch.addcmul(modulator, context, gate) if level else context * gate
+    whole = attn.act(context.mean((2, 3), keepdim=True))
+    modulator = torch.addcmul(modulator, whole, gates[:, attn.focal_level :])
+    if attn.normalize_modulator:
+        modulator = modulator / (attn.focal_level + 1)
+    return attn.proj_drop(attn.proj(attn.norm(query * attn.h(modulator))))
+
+
+# --- convolutions with a norm --------------------------------------------------------------------
+
+
+def conv_norm(layer: Any, x: Tensor) -> Tensor:
+    """A 1x1 convolution with batch normalisation, the two parts of `layer`, channels-last.
+
+    In evaluation the two are one linear layer.
+    """
+    conv, norm = layer
+    if norm.training or norm.running_mean is None:
+        return norm(pointwise(conv, x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    bias = norm.bias - norm.running_mean * factor
+    return F.linear(x, conv.weight.flatten(1) * factor[:, None], bias)
+
+
+# --- EfficientViT --------------------------------------------------------------------------------
+
+
+@adapt(
+    "timm.models.efficientvit_msra.LocalWindowAttention",
+    mixer="cascaded_group",
+    needs=tuple(
+        f"attn.{part}"
+        for part in ("qkvs", "dws", "proj", "resolution", "key_dim", "val_dim", "scale",
+                     "attention_biases", "attention_bias_idxs")
+    ),
+)  # fmt: skip
+def cascaded_group(block: Any, x: Tensor) -> Tensor:
+    """EfficientViT's cascaded groups in windows, on a channels-first map."""
+    attn, side = block.attn, block.attn.resolution
+    height, width = x.shape[2:]
+    below, right = -height % side, -width % side
+    x = x.permute(0, 2, 3, 1)
+    if below or right:
+        x = F.pad(x, (0, 0, 0, right, 0, below))
+    rows, columns = (height + below) // side, (width + right) // side
+    if rows * columns > 1:
+        x = x.unflatten(2, (columns, side)).unflatten(1, (rows, side)).transpose(2, 3)
+        x = x.flatten(0, 2)
+    bias = attn.attention_biases[:, attn.attention_bias_idxs]
+    parts, outputs = x.chunk(len(attn.qkvs), -1), []
+    for head, (qkv, dw) in enumerate(zip(attn.qkvs, attn.dws)):
+        part = parts[head] + outputs[-1] if outputs else parts[head]
+        query, key, value = conv_norm(qkv, part).split(
+            [attn.key_dim, attn.key_dim, attn.val_dim], -1
+        )
+        query = dw(query.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        query, key, value = (tensor.unsqueeze(-2) for tensor in (query, key, value))
+        output = attention(query, key, value, bias=bias[head, None], scale=attn.scale)
+        outputs.append(output.squeeze(-2))
+    act, last = attn.proj
+    x = conv_norm(last, act(torch.cat(outputs, -1)))
+    if rows * columns > 1:
+        x = x.unflatten(0, (-1, rows, columns)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return x[:, :height, :width].permute(0, 3, 1, 2)

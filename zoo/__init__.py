@@ -10,6 +10,10 @@ from vitarium.zoo import (
     moh,
     nano,
     nat,
+    swap_dense,  # noqa: F401 - adapters
+    swap_maps,  # noqa: F401
+    swap_sizes,  # noqa: F401
+    swap_windows,  # noqa: F401
     transnext,
 )
 from vitarium.zoo.checkpoint import CheckpointReport, load_checkpoint
@@ -17,12 +21,14 @@ from vitarium.zoo.convert import from_checkpoint
 from vitarium.zoo.detection import BackboneWithFPN
 from vitarium.zoo.pyramid import Pyramid
 from vitarium.zoo.registry import Published, list_models, published
+from vitarium.zoo.swap import SwapReport, restore_mixers, swap_mixers
 
 __all__ = [
     "BackboneWithFPN",
     "CheckpointReport",
     "Published",
     "Pyramid",
+    "SwapReport",
     "agent",
     "biformer",
     "crossformer",
@@ -36,5 +42,7 @@ __all__ = [
     "nano",
     "nat",
     "published",
+    "restore_mixers",
+    "swap_mixers",
     "transnext",
 ]

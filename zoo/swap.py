@@ -34,7 +34,7 @@ class Adapter:
         needs: attributes that the functions read, `a.b` of a part; none may be missing.
         dropout: the part with the dropout of attention weights: training with it is timm's.
         unfit: why a module cannot be replaced, or None.
-        inside: classes of timm one of which the parent must be; any if empty.
+        fixed_size: whether it takes maps of one size only, like timm's.
     """
 
     methods: Mapping[str, Callable[..., Any]]
@@ -42,6 +42,7 @@ class Adapter:
     needs: Sequence[str] = ()
     dropout: str | None = None
     unfit: Callable[[Any], str | None] = lambda module: None
+    fixed_size: bool = False
 
 
 ADAPTERS: dict[str, Adapter] = {}
@@ -117,52 +118,61 @@ def swap_mixers(model: nn.Module) -> SwapReport:
         TypeError: `model` is no module.
     """
     _check(model)
-    report, already, unfit = SwapReport(), [], []
-    inside: list[str] = []  # paths of modules whose parts are left alone
+    replaced: dict[str, str] = {}
+    kept: dict[str, str] = {}
+    already = tuple(_ours(model))
+    fixed = []  # paths of mixers that refuse sizes
+    done = [path for path in already if _adapter(model.get_submodule(path)).mixer]
     for path, module in model.named_modules():
         kind = type(module)
-        if hasattr(kind, "timm_class"):
-            already.append(path)
-            inside.append(f"{path}." if path else "")
-            continue
-        if any(path.startswith(prefix) for prefix in inside):
+        if any(_within(path, other) for other in done):
             continue
         adapter = ADAPTERS.get(_qualified(kind))
         if adapter is None:
             if kind.__module__.startswith("timm.") and "Att" in kind.__name__:
-                report.kept[path] = f"{kind.__name__}: none of ours computes it"
+                kept[path] = f"{kind.__name__}: none of ours computes it"
         elif adapter.mixer:
             reason = _misfit(kind, module, adapter)
-            if reason is not None:
-                report.kept[path] = f"{kind.__name__}: {reason}"
-                unfit.append(path)
-                continue
-            module.__class__ = fused_class(kind)
-            report.replaced[path] = f"{kind.__name__} by {adapter.mixer}"
-            inside.append(f"{path}." if path else "")
-    object.__setattr__(report, "already", tuple(already))
-    _lift_sizes(model, report, unfit)
-    return report
+            if reason is None:
+                module.__class__ = fused_class(kind)
+                replaced[path] = f"{kind.__name__} by {adapter.mixer}"
+                done.append(path)
+            else:
+                kept[path] = f"{kind.__name__}: {reason}"
+            if reason is not None or adapter.fixed_size:
+                fixed.append(path)
+    lifted = _lift_sizes(model, done, fixed, kept)
+    kept = {p: why for p, why in kept.items() if not any(_within(other, p) for other in done)}
+    return SwapReport(replaced, lifted, kept, already)
 
 
-def _lift_sizes(model: nn.Module, report: SwapReport, unfit: Sequence[str]) -> None:
-    """Replaces what refuses sizes of images, in models all of whose known mixers are ours."""
-    if not (report.replaced or report.already):
-        return
-    for path, module in list(model.named_modules()):
-        adapter = ADAPTERS.get(_qualified(type(module)))
-        if adapter is None or adapter.mixer or hasattr(type(module), "timm_class"):
+def _lift_sizes(
+    model: nn.Module, done: Sequence[str], fixed: Sequence[str], kept: dict[str, str]
+) -> dict[str, str]:
+    """Replaces what refuses sizes of images beside mixers of ours that take them all."""
+    lifted = {}
+    for path, module in model.named_modules():
+        kind = type(module)
+        adapter = ADAPTERS.get(_qualified(kind))
+        if adapter is None or adapter.mixer:
             continue
-        reason = _misfit(type(module), module, adapter)
         parent = path.rpartition(".")[0]
-        around = f"{parent}." if parent else ""
-        if any(other.startswith(around) for other in unfit):
-            reason = "not all mixers were replaced"
-        if reason is None and any(other.startswith(around) for other in _ours(model)):
-            report.lifted[path] = type(module).__name__
-            module.__class__ = fused_class(type(module))
-        elif reason is not None:
-            report.kept[path] = f"{type(module).__name__}: {reason}"
+        if not any(_within(other, parent) for other in done):
+            continue
+        reason = _misfit(kind, module, adapter)
+        if any(_within(other, parent) for other in fixed):
+            reason = "mixers beside it take one size only"
+        if reason is None:
+            module.__class__ = fused_class(kind)
+            lifted[path] = kind.__name__
+        else:
+            kept[path] = f"{kind.__name__}: {reason}"
+    return lifted
+
+
+def _within(path: str, other: str) -> bool:
+    """Whether a module is the other or a part of it."""
+    return not other or path == other or path.startswith(f"{other}.")
 
 
 def restore_mixers(model: nn.Module) -> tuple[str, ...]:
@@ -182,7 +192,13 @@ def restore_mixers(model: nn.Module) -> tuple[str, ...]:
     return paths
 
 
+def _adapter(module: Any) -> Adapter:
+    """What a module that is ours was replaced by."""
+    return ADAPTERS[_qualified(type(module).timm_class)]
+
+
 def _ours(model: nn.Module) -> list[str]:
+    """Paths of the modules that are ours by `swap_mixers`."""
     return [path for path, module in model.named_modules() if hasattr(type(module), "timm_class")]
 
 

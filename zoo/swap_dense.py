@@ -10,16 +10,13 @@ from timm.layers import gen_relative_log_coords, resize_rel_pos_bias_table
 from torch import Tensor
 
 from vitarium.ops import attention
-from vitarium.ops.mixer import qkv_heads
 from vitarium.ops.window_mixers import Pair
 from vitarium.zoo.swap import adapt
-from vitarium.zoo.swap_maps import conv_norm
+from vitarium.zoo.swap_parts import conv_norm, pointwise, split_biased, split_heads
 from vitarium.zoo.swap_windows import (
     attend,
-    biased_qkv,
-    pointwise,
+    maxvit_heads,
     position_bias,
-    split_heads,
     unknown_positions,
     window_layout,
 )
@@ -30,8 +27,8 @@ _JOINT = ("qkv", "proj", "proj_drop", "num_heads", "scale")
 @adapt("timm.models.volo.Attention", mixer="attention", dropout="attn_drop", needs=_JOINT)
 def volo(attn: Any, x: Tensor) -> Tensor:
     """Multi-head attention of VOLO, on a channels-last map."""
-    output = attention(*qkv_heads(attn.qkv, x, attn.num_heads), scale=attn.scale)
-    return attn.proj_drop(attn.proj(output.flatten(-2)))
+    output = attention(*split_heads(attn.qkv, x, attn.num_heads), scale=attn.scale)
+    return attn.proj_drop(pointwise(attn.proj, output.flatten(-2)))
 
 
 @adapt(
@@ -42,14 +39,14 @@ def volo(attn: Any, x: Tensor) -> Tensor:
 )
 def pvt(attn: Any, x: Tensor, feat_size: Any) -> Tensor:
     """Attention of PVT v2 to a smaller map, of tokens `(B, N, C)`."""
-    query = attn.q(x).unflatten(-1, (attn.num_heads, -1))
+    query = pointwise(attn.q, x).unflatten(-1, (attn.num_heads, -1))
     if attn.sr is not None:
         x = x.mT.unflatten(2, (feat_size[0], feat_size[1]))
         x = attn.norm(attn.sr(x if attn.pool is None else attn.pool(x)).flatten(2).mT)
         x = x if attn.pool is None else attn.act(x)
-    key, value = attn.kv(x).unflatten(-1, (2, attn.num_heads, -1)).unbind(-3)
+    key, value = pointwise(attn.kv, x).unflatten(-1, (2, attn.num_heads, -1)).unbind(-3)
     output = attention(query, key, value, scale=attn.scale)
-    return attn.proj_drop(attn.proj(output.flatten(-2)))
+    return attn.proj_drop(pointwise(attn.proj, output.flatten(-2)))
 
 
 @adapt(
@@ -62,9 +59,7 @@ def shvit(attn: Any, x: Tensor) -> Tensor:
     part, rest = x.split([attn.pdim, attn.dim - attn.pdim], 1)
     part = attn.pre_norm(part).permute(0, 2, 3, 1)
     query, key, value = (
-        conv_norm(attn.qkv, part)
-        .unsqueeze(-2)
-        .split([attn.qk_dim, attn.qk_dim, attn.pdim], -1)
+        conv_norm(attn.qkv, part).unsqueeze(-2).split([attn.qk_dim, attn.qk_dim, attn.pdim], -1)
     )
     output = attention(query, key, value, scale=attn.scale).squeeze(-2)
     act, last = attn.proj
@@ -85,7 +80,7 @@ def shvit(attn: Any, x: Tensor) -> Tensor:
 def coatnet(attn: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
     """CoAtNet's relative attention, on a channels-first map."""
     size = (x.shape[2], x.shape[3])
-    parts = split_heads(attn, x.permute(0, 2, 3, 1))
+    parts = maxvit_heads(attn, x.permute(0, 2, 3, 1))
     if attn.rel_pos is None:
         output = attention(*parts, bias=shared_rel_pos, scale=attn.scale).flatten(-2)
     else:  # the map is one window
@@ -125,6 +120,7 @@ def _resizing(length: int, wanted: int) -> Tensor:
         *(*_JOINT, "q_bias", "k_bias", "v_bias", "qkv_bias_separate"),
         *("relative_position_bias_table", "relative_position_index"),
     ),
+    fixed_size=True,
 )
 def beit(attn: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
     """Attention of BEiT, of tokens `(B, N, C)`."""
@@ -132,9 +128,8 @@ def beit(attn: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Ten
     if attn.relative_position_bias_table is not None:
         found = _looked_up(attn.relative_position_bias_table, attn.relative_position_index)
         bias = found if bias is None else found + bias
-    parts = qkv_heads(functools.partial(biased_qkv, attn), x, attn.num_heads)
-    output = attention(*parts, bias=bias, scale=attn.scale)
-    return attn.proj_drop(attn.proj(output.flatten(-2)))
+    output = attention(*split_biased(attn, x), bias=bias, scale=attn.scale)
+    return attn.proj_drop(pointwise(attn.proj, output.flatten(-2)))
 
 
 @adapt(
@@ -142,13 +137,14 @@ def beit(attn: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Ten
     mixer="attention",
     dropout="attn_drop",
     needs=(*_JOINT, "q_norm", "k_norm", "rel_pos"),
+    fixed_size=True,
 )
 def relative_vit(attn: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
     """Attention of timm's ViT with relative positions, of tokens `(B, N, C)`."""
-    query, key, value = qkv_heads(attn.qkv, x, attn.num_heads)
+    query, key, value = split_heads(attn.qkv, x, attn.num_heads)
     bias = shared_rel_pos if attn.rel_pos is None else attn.rel_pos.get_bias()
     output = attention(attn.q_norm(query), attn.k_norm(key), value, bias=bias, scale=attn.scale)
-    return attn.proj_drop(attn.proj(output.flatten(-2)))
+    return attn.proj_drop(pointwise(attn.proj, output.flatten(-2)))
 
 
 def _looked_up(table: Tensor, index: Tensor) -> Tensor:

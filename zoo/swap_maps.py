@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitarium.ops import attention, channel_attention, outlook_attention
-from vitarium.ops.mixer import qkv_heads
 from vitarium.zoo.swap import adapt
-from vitarium.zoo.swap_windows import pointwise
+from vitarium.zoo.swap_parts import conv_norm, pointwise, split_heads
 
 DAVIT = "timm.models.davit"
 
@@ -32,14 +31,14 @@ def outlook(attn: Any, x: Tensor) -> Tensor:
     cells = attn.pool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if attn.stride > 1 else x
     places = attn.kernel_size**2
     output = outlook_attention(
-        attn.attn(cells).unflatten(-1, (attn.num_heads, places, places)),
-        attn.v(x).unflatten(-1, (attn.num_heads, -1)),
+        pointwise(attn.attn, cells).unflatten(-1, (attn.num_heads, places, places)),
+        pointwise(attn.v, x).unflatten(-1, (attn.num_heads, -1)),
         attn.kernel_size,
         stride=attn.stride,
         padding=attn.padding,
         scale=attn.scale,
     )
-    return attn.proj_drop(attn.proj(output.flatten(-2)))
+    return attn.proj_drop(pointwise(attn.proj, output.flatten(-2)))
 
 
 # --- DaViT ---------------------------------------------------------------------------------------
@@ -48,8 +47,9 @@ def outlook(attn: Any, x: Tensor) -> Tensor:
 @adapt(f"{DAVIT}.ChannelAttention", mixer="channel", needs=("qkv", "proj", "num_heads", "scale"))
 def channel(attn: Any, x: Tensor) -> Tensor:
     """DaViT's channel attention of tokens `(B, N, C)`."""
-    value, query, key = qkv_heads(attn.qkv, x, attn.num_heads)
-    return attn.proj(channel_attention(query, key, value, scale=attn.scale).flatten(-2))
+    value, query, key = split_heads(attn.qkv, x, attn.num_heads)
+    output = channel_attention(query, key, value, scale=attn.scale)
+    return pointwise(attn.proj, output.flatten(-2))
 
 
 @adapt(
@@ -60,8 +60,8 @@ def channel(attn: Any, x: Tensor) -> Tensor:
 def channel_v2(attn: Any, x: Tensor) -> Tensor:
     """Channel attention of DaViT's second code, of tokens `(B, N, C)`."""
     scale = (x.shape[1] if attn.dynamic_scale else attn.head_dim) ** -0.5
-    output = channel_attention(*qkv_heads(attn.qkv, x, attn.groups), scale=scale)
-    return attn.proj(output.flatten(-2))
+    output = channel_attention(*split_heads(attn.qkv, x, attn.groups), scale=scale)
+    return pointwise(attn.proj, output.flatten(-2))
 
 
 # --- FocalNet ------------------------------------------------------------------------------------
@@ -89,22 +89,6 @@ def focal(attn: Any, x: Tensor) -> Tensor:
     if attn.normalize_modulator:
         modulator = modulator / (attn.focal_level + 1)
     return attn.proj_drop(attn.proj(attn.norm(query * attn.h(modulator))))
-
-
-# --- convolutions with a norm --------------------------------------------------------------------
-
-
-def conv_norm(layer: Any, x: Tensor) -> Tensor:
-    """A 1x1 convolution with batch normalisation, the two parts of `layer`, channels-last.
-
-    In evaluation the two are one linear layer.
-    """
-    conv, norm = layer
-    if norm.training or norm.running_mean is None:
-        return norm(pointwise(conv, x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    bias = norm.bias - norm.running_mean * factor
-    return F.linear(x, conv.weight.flatten(1) * factor[:, None], bias)
 
 
 # --- EfficientViT --------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 
 from vitarium.ops import window_attention
 from vitarium.ops.halo import halo_attention
-from vitarium.ops.mixer import qkv_heads
 from vitarium.ops.window_mixers import Layout, Pair, pair
 from vitarium.zoo.swap import adapt
+from vitarium.zoo.swap_parts import pointwise, split_biased, split_heads
 
 SWIN = "timm.models.swin_transformer.SwinTransformerBlock"
 SWIN_V2 = "timm.models.swin_transformer_v2.SwinTransformerV2Block"
@@ -75,11 +74,11 @@ def swin(block: Any, x: Tensor) -> Tensor:
     layout = window_layout(x.shape[1:3], block.window_size, block.shift_size)
     output = attend(
         layout,
-        *qkv_heads(attn.qkv, layout.pad(x), attn.num_heads),
+        *split_heads(attn.qkv, layout.pad(x), attn.num_heads),
         bias=table_bias(attn.relative_position_bias_table, block.window_size),
         scale=attn.scale,
     )
-    return attn.proj_drop(attn.proj(output))
+    return attn.proj_drop(pointwise(attn.proj, output))
 
 
 @adapt(
@@ -99,9 +98,7 @@ def swin_v2(block: Any, x: Tensor) -> Tensor:
     """Windows of Swin V2's block, of cosine attention, on a channels-last map."""
     attn = block.attn
     layout = window_layout(x.shape[1:3], block.window_size, block.shift_size)
-    query, key, value = qkv_heads(
-        functools.partial(biased_qkv, attn), layout.pad(x), attn.num_heads
-    )
+    query, key, value = split_biased(attn, layout.pad(x))
     temperature = attn.logit_scale.clamp(max=math.log(100)).exp()
     offsets = attn.cpb_mlp(attn.relative_coords_table)[0].permute(2, 0, 1).flip(1, 2)
     output = attend(
@@ -112,17 +109,7 @@ def swin_v2(block: Any, x: Tensor) -> Tensor:
         bias=16 * offsets.sigmoid(),
         scale=1.0,
     )
-    return attn.proj_drop(attn.proj(output))
-
-
-def biased_qkv(attn: Any, x: Tensor) -> Tensor:
-    """The projection of Swin V2 and BEiT, whose keys have no bias of their own."""
-    if attn.q_bias is None:
-        return attn.qkv(x)
-    bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-    if attn.qkv_bias_separate:
-        return attn.qkv(x) + bias
-    return F.linear(x, attn.qkv.weight, bias)
+    return attn.proj_drop(pointwise(attn.proj, output))
 
 
 # --- MaxViT --------------------------------------------------------------------------------------
@@ -135,7 +122,7 @@ POSITIONS = {
 
 
 def unknown_positions(*names: str) -> Any:
-    """Why the relative positions of parts of a module (or of itself, "") cannot be read, or None."""
+    """Why positions of parts of a module (or of itself, "") cannot be read, or None."""
 
     def unfit(module: Any) -> str | None:
         for name in names:
@@ -165,26 +152,18 @@ def position_bias(rel_pos: Any, offsets: Tensor | None = None) -> Tensor | None:
     return table if table.dim() == 3 else table_bias(table, rel_pos.window_size)
 
 
-def split_heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def maxvit_heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value `(..., num_heads, head_dim)` of MaxViT's attention."""
-    qkv = functools.partial(pointwise, attn.qkv)
     if not attn.head_first:
-        return qkv_heads(qkv, x, attn.num_heads)
-    query, key, value = qkv(x).unflatten(-1, (attn.num_heads, 3, -1)).unbind(-2)
+        return split_heads(attn.qkv, x, attn.num_heads)
+    query, key, value = pointwise(attn.qkv, x).unflatten(-1, (attn.num_heads, 3, -1)).unbind(-2)
     return query, key, value
-
-
-def pointwise(layer: Any, x: Tensor) -> Tensor:
-    """A linear layer or a 1x1 convolution, of a channels-last map."""
-    if type(layer) is nn.Conv2d:
-        return F.linear(x, layer.weight.flatten(1), layer.bias)
-    return layer(x)
 
 
 def _partitioned(attn: Any, x: Tensor, layout: Layout) -> Tensor:
     output = attend(
         layout,
-        *split_heads(attn, layout.pad(x)),
+        *maxvit_heads(attn, layout.pad(x)),
         bias=position_bias(attn.rel_pos),
         scale=attn.scale,
     )
@@ -266,8 +245,8 @@ def davit(block: Any, x: Tensor) -> Tensor:
     tokens = block.cpe1(x).flatten(2).mT
     layout = window_layout(size, block.window_size)
     padded = layout.pad(block.norm1(tokens).unflatten(1, size))
-    output = attend(layout, *qkv_heads(attn.qkv, padded, attn.num_heads), scale=attn.scale)
-    tokens = tokens + block.drop_path1(attn.proj(output.flatten(1, 2)))
+    output = attend(layout, *split_heads(attn.qkv, padded, attn.num_heads), scale=attn.scale)
+    tokens = tokens + block.drop_path1(pointwise(attn.proj, output.flatten(1, 2)))
     x = block.cpe2(tokens.mT.unflatten(2, size))
     if block.mlp is None:
         return x

@@ -81,7 +81,7 @@ def bench_official(
                 continue
             for dtype, mode in itertools.product(dtypes, modes):
                 progress(f"{name} {dtype} {mode}")
-                found = _measured(name, models, images, dtype, mode, min_rounds, seconds)
+                found = measured(name, models, images, dtype, mode, min_rounds, seconds)
                 if output is not None:
                     record.append(output, found)
                 outcome.records.extend(found)
@@ -100,6 +100,16 @@ def _built(name: str, clones: Path, images: Tensor) -> tuple[Mapping[str, nn.Mod
     except ValueError as error:
         return {}, str(error)
     models = {OURS: ours, THEIRS: theirs}
+    return models, prepared(models, images)
+
+
+def prepared(models: Mapping[str, nn.Module], images: Tensor) -> str | None:
+    """Puts models in evaluation where the images are, without drop path; why they differ, or None.
+
+    Args:
+        models: ours, then the other one.
+        images: the first is tried.
+    """
     for model in models.values():
         model.eval().to(images.device)
         for module in model.modules():
@@ -109,12 +119,12 @@ def _built(name: str, clones: Path, images: Tensor) -> tuple[Mapping[str, nn.Mod
         with torch.inference_mode():
             have, want = (model(images[:1]) for model in models.values())
     except Exception as error:  # of either's own code: the other models are compared all the same
-        return {}, f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}"
     error = float((have - want).abs().max() / want.abs().max())
-    return models, None if error <= TOLERANCE["float32"] else f"outputs differ: error {error:.2g}"
+    return None if error <= TOLERANCE["float32"] else f"outputs differ: error {error:.2g}"
 
 
-def _measured(
+def measured(
     name: str,
     models: Mapping[str, nn.Module],
     images: Tensor,
@@ -123,6 +133,7 @@ def _measured(
     min_rounds: int,
     seconds: float,
 ) -> list[record.Record]:
+    """Records of models that take turns on the same images."""
     images = images.to(DTYPES[dtype])
     for model in models.values():
         model.to(images.dtype).train(mode == "training")
@@ -168,6 +179,8 @@ def _call(model: nn.Module, images: Tensor, mode: str) -> Callable[[], object]:
 
     def step() -> object:
         logits = model(images)
+        if isinstance(logits, tuple):  # of VOLO in training, with those of all tokens
+            logits = logits[0]
         grad = torch.ones_like(logits)
         return torch.autograd.grad(logits, parameters, grad, allow_unused=True)
 

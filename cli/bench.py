@@ -1,7 +1,7 @@
 """`vitarium bench`: measure models or operators, and draw what was measured.
 
 The first word says what is done (`models`, `ops`, `mixers`, `official`,
-`scaling`, `plot`); without it, words are models.
+`swap`, `scaling`, `plot`); without it, words are models.
 """
 
 from __future__ import annotations
@@ -250,6 +250,33 @@ def _run_official(config: Namespace) -> int:
     return _run_compared(bench_official, config, "official.jsonl")
 
 
+# --- timm's models with our mixers ----------------------------------------------------------------
+
+
+def _swap_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="timm's models with our mixers beside the same models with timm's, with the "
+        "same weights, at their native size."
+    )
+    parser.add_argument(
+        "names", metavar="MODEL", type=str, nargs="*", help="timm's names; one of a family, if none"
+    )
+    _add_place(parser, threads=1)
+    parser.add_argument("--batch-size", type=PositiveInt, default=4, help="images")
+    _add_modes(parser, ["forward", "training"])
+    parser.add_argument("--seconds", type=NonNegativeFloat, default=10.0, help="per setting")
+    parser.add_argument(
+        "--output", type=str | None, default=None, help=_OUTPUT.format(name="swap.jsonl")
+    )
+    return parser
+
+
+def _run_swap(config: Namespace) -> int:
+    from vitarium.benchmarks.swap import bench_swap
+
+    return _run_compared(bench_swap, config, "swap.jsonl")
+
+
 # --- pictures ------------------------------------------------------------------------------------
 
 
@@ -323,5 +350,6 @@ _WHAT = {
     "mixers": (_mixers_parser, _run_mixers, "mixers against timm's modules"),
     "scaling": (_scaling_parser, _run_scaling, "mixers on maps of 196 to 65,536 tokens"),
     "official": (_official_parser, _run_official, "backbones against official code"),
+    "swap": (_swap_parser, _run_swap, "timm's models with our mixers against timm's"),
     "plot": (_plot_parser, _run_plot, "a picture of records"),
 }

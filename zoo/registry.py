@@ -123,11 +123,15 @@ def checkpoint_filter(model_name: str) -> CheckpointFilter | None:
 
 
 def list_models(pattern: str = "") -> list[str]:
-    """Names of the backbones of this package that timm knows; `pattern` as in timm.list_models."""
+    """Names of the backbones of this package that timm knows; `pattern` as in timm.list_models.
+
+    timm's own models with our mixers, `vitarium.zoo.fused`, are not among them.
+    """
     return [
         name
         for name in timm.list_models(pattern)
-        if timm.models.model_entrypoint(name).__module__.startswith(f"{_PACKAGE}.")
+        if (module := timm.models.model_entrypoint(name).__module__).startswith(f"{_PACKAGE}.")
+        and module != f"{_PACKAGE}.fused"
     ]
 
 

@@ -2,6 +2,7 @@
 
     python tests/zoo/run_timm_suite.py                          # all backbones
     python tests/zoo/run_timm_suite.py nat_mini "dinat_s_*"     # those that match
+    python tests/zoo/run_timm_suite.py "fused_halonet*"         # timm's models with our mixers
     python tests/zoo/run_timm_suite.py nat_mini -- -x -k fx     # what follows -- goes to pytest
     python tests/zoo/run_timm_suite.py --sdist timm-1.0.31.tar.gz
 
@@ -31,23 +32,33 @@ HOST_MODULE = "swin_transformer"
 SEQUENCES = ("NON_STD_FILTERS = [\n", "NON_STD_FILTERS = [\n    '*_deit_*',\n")
 
 
-def pytest_configure(config) -> None:
-    from timm.models import _registry
+def selected() -> set[str]:
+    """Our models that the patterns name; timm's with our mixers only where one says fused_."""
+    import timm
 
-    import vitarium.zoo
-
-    _registry._module_to_models[HOST_MODULE].update(vitarium.zoo.list_models())
-
-
-def pytest_collection_modifyitems(config, items) -> None:
     import vitarium.zoo
 
     patterns = os.environ.get(PATTERNS, "*").split(",")
-    ours = {
+    fused = [pattern for pattern in patterns if pattern.startswith("fused_")]
+    return {
         name
-        for name in vitarium.zoo.list_models()
-        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+        for names, wanted in (
+            (vitarium.zoo.list_models(), patterns),
+            (timm.list_models("fused_*"), fused),
+        )
+        for name in names
+        if any(fnmatch.fnmatch(name, pattern) for pattern in wanted)
     }
+
+
+def pytest_configure(config) -> None:
+    from timm.models import _registry
+
+    _registry._module_to_models[HOST_MODULE].update(selected())
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    ours = selected()
 
     def is_ours(item) -> bool:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}

@@ -12,7 +12,13 @@ from torch import Tensor
 from vitarium.ops import attention
 from vitarium.ops.window_mixers import Pair
 from vitarium.zoo.swap import adapt
-from vitarium.zoo.swap_parts import conv_norm, pointwise, split_biased, split_heads
+from vitarium.zoo.swap_parts import (
+    conv_norm,
+    pointwise,
+    single_head,
+    split_biased,
+    split_heads,
+)
 from vitarium.zoo.swap_windows import (
     attend,
     maxvit_heads,
@@ -39,6 +45,8 @@ def volo(attn: Any, x: Tensor) -> Tensor:
 )
 def pvt(attn: Any, x: Tensor, feat_size: Any) -> Tensor:
     """Attention of PVT v2 to a smaller map, of tokens `(B, N, C)`."""
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        return type(attn).timm_class.forward(attn, x, feat_size)  # PyTorch's kernel, as fast as any
     query = pointwise(attn.q, x).unflatten(-1, (attn.num_heads, -1))
     if attn.sr is not None:
         x = x.mT.unflatten(2, (feat_size[0], feat_size[1]))
@@ -57,14 +65,11 @@ def pvt(attn: Any, x: Tensor, feat_size: Any) -> Tensor:
 def shvit(attn: Any, x: Tensor) -> Tensor:
     """Single-head attention on a part of the channels, on a channels-first map."""
     part, rest = x.split([attn.pdim, attn.dim - attn.pdim], 1)
-    part = attn.pre_norm(part).permute(0, 2, 3, 1)
-    query, key, value = (
-        conv_norm(attn.qkv, part).unsqueeze(-2).split([attn.qk_dim, attn.qk_dim, attn.pdim], -1)
-    )
-    output = attention(query, key, value, scale=attn.scale).squeeze(-2)
+    parts = conv_norm(attn.qkv, attn.pre_norm(part)).flatten(2)
+    query, key, value = parts.split([attn.qk_dim, attn.qk_dim, attn.pdim], 1)
+    output = single_head(query, key, value, attn.scale).reshape(part.shape)
     act, last = attn.proj
-    x = act(torch.cat([output, rest.permute(0, 2, 3, 1)], -1))
-    return conv_norm(last, x).permute(0, 3, 1, 2)
+    return conv_norm(last, act(torch.cat([output, rest], 1)))
 
 
 # --- relative positions of the whole map ---------------------------------------------------------

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitarium.ops import attention, channel_attention, outlook_attention
+from vitarium.ops import channel_attention, outlook_attention
 from vitarium.zoo.swap import adapt
-from vitarium.zoo.swap_parts import conv_norm, pointwise, split_heads
+from vitarium.zoo.swap_parts import conv_norm, pointwise, single_head, split_heads
 
 DAVIT = "timm.models.davit"
 
@@ -108,26 +108,26 @@ def cascaded_group(block: Any, x: Tensor) -> Tensor:
     attn, side = block.attn, block.attn.resolution
     height, width = x.shape[2:]
     below, right = -height % side, -width % side
-    x = x.permute(0, 2, 3, 1)
     if below or right:
-        x = F.pad(x, (0, 0, 0, right, 0, below))
+        x = F.pad(x, (0, right, 0, below))
     rows, columns = (height + below) // side, (width + right) // side
     if rows * columns > 1:
-        x = x.unflatten(2, (columns, side)).unflatten(1, (rows, side)).transpose(2, 3)
-        x = x.flatten(0, 2)
-    bias = attn.attention_biases[:, attn.attention_bias_idxs]
-    parts, outputs = x.chunk(len(attn.qkvs), -1), []
-    for head, (qkv, dw) in enumerate(zip(attn.qkvs, attn.dws)):
-        part = parts[head] + outputs[-1] if outputs else parts[head]
+        x = x.unflatten(3, (columns, side)).unflatten(2, (rows, side))
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    index = attn.attention_bias_idxs
+    bias = attn.attention_biases.index_select(1, index.flatten()).unflatten(1, index.shape)
+    outputs: list[Tensor] = []
+    for head, (part, qkv, dw) in enumerate(zip(x.chunk(len(attn.qkvs), 1), attn.qkvs, attn.dws)):
+        part = part + outputs[-1] if outputs else part
         query, key, value = conv_norm(qkv, part).split(
-            [attn.key_dim, attn.key_dim, attn.val_dim], -1
+            [attn.key_dim, attn.key_dim, attn.val_dim], 1
         )
-        query = dw(query.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        query, key, value = (tensor.unsqueeze(-2) for tensor in (query, key, value))
-        output = attention(query, key, value, bias=bias[head, None], scale=attn.scale)
-        outputs.append(output.squeeze(-2))
+        tokens = (tensor.flatten(2) for tensor in (conv_norm(dw, query), key, value))
+        output = single_head(*tokens, attn.scale, bias[head])
+        outputs.append(output.unflatten(2, (side, side)))
     act, last = attn.proj
-    x = conv_norm(last, act(torch.cat(outputs, -1)))
+    x = conv_norm(last, act(torch.cat(outputs, 1)))
     if rows * columns > 1:
-        x = x.unflatten(0, (-1, rows, columns)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    return x[:, :height, :width].permute(0, 3, 1, 2)
+        x = x.unflatten(0, (-1, rows, columns)).permute(0, 3, 1, 4, 2, 5)
+        x = x.flatten(4, 5).flatten(2, 3)
+    return x[:, :, :height, :width]

@@ -1,4 +1,4 @@
-"""What adapters of timm's modules share: projections, on channels-last maps or tokens."""
+"""What adapters of timm's modules share: projections, and attention of one head."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitarium.ops import attention
 from vitarium.ops.mixer import qkv_heads
 from vitarium.ops.projection import linear
+
+_MANY = 512  # tokens from which on scores of all pairs are too many to be written
 
 
 def pointwise(layer: Any, x: Tensor) -> Tensor:
@@ -43,13 +47,33 @@ def split_biased(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def conv_norm(layer: Any, x: Tensor) -> Tensor:
-    """A 1x1 convolution with batch normalisation, the two parts of `layer`.
+    """A convolution and batch normalisation, the two parts of `layer`, of a channels-first map.
 
-    In evaluation the two are one linear layer.
+    In evaluation the two are one convolution.
     """
     conv, norm = layer
     if norm.training or norm.running_mean is None:
-        return norm(pointwise(conv, x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return norm(conv(x))
     factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    bias = norm.bias - norm.running_mean * factor
-    return linear(x, conv.weight.flatten(1) * factor[:, None], bias)
+    bias = torch.addcmul(norm.bias, norm.running_mean, factor, value=-1)
+    weight = conv.weight * factor[:, None, None, None]
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def single_head(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None
+) -> Tensor:
+    """Attention of one head, of tokens `(B, width, N)`, which small maps on a CPU stay in.
+
+    Args:
+        query, key, value: `(B, width, N)`.
+        scale: factor on the scores.
+        bias: of all pairs of tokens, `(N, N)`.
+    """
+    if query.device.type != "cpu" or query.shape[-1] > _MANY:
+        parts = (tensor.mT.unsqueeze(-2) for tensor in (query, key, value))
+        output = attention(*parts, bias=None if bias is None else bias[None], scale=scale)
+        return output.squeeze(-2).mT
+    start = query.new_zeros(()) if bias is None else bias.to(query.dtype)
+    weights = torch.baddbmm(start, query.mT, key, alpha=scale).softmax(-1)
+    return torch.bmm(value, weights.mT)

@@ -285,4 +285,4 @@ def halo(attn: Any, x: Tensor) -> Tensor:
         scale=attn.scale,
         scale_pos_embed=attn.scale_pos_embed,
     )
-    return output.flatten(-2).permute(0, 3, 1, 2)
+    return output.flatten(-2).permute(0, 3, 1, 2).contiguous()  # as convolutions want it

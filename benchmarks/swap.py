@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import timm
 import torch
+from torch import nn
 
 from vitarium.benchmarks import record, timer
 from vitarium.benchmarks.arguments import device_named, known
@@ -84,6 +85,9 @@ def bench_swap(
         for name in names:
             torch.manual_seed(0)
             theirs = timm.create_model(name)
+            for parameter in theirs.parameters():
+                if not parameter.any():  # of branches that begin with nothing
+                    nn.init.normal_(parameter, std=0.1)
             ours = copy.deepcopy(theirs)
             swap_mixers(ours)
             size = theirs.pretrained_cfg["input_size"]

@@ -51,6 +51,22 @@ def test_mixers(tmp_path, capsys):
     assert {r.kind for r in record.read(output)} == {"mixer"}
 
 
+def test_swap(tmp_path, capsys):
+    output = tmp_path / "swap.jsonl"
+    command = ["bench", "swap", "shvit_s1", "--modes", "forward", "--batch-size", "1"]
+    command += ["--seconds", "0", "--device", "cpu", "--output", str(output)]
+    assert main(command) == 0
+    assert "shvit_s1" in capsys.readouterr().out
+    records = record.read(output)
+    assert [(r.kind, r.implementation) for r in records] == [
+        ("model", "vitarium"),
+        ("model", "timm"),
+    ]
+    assert records[0].params == records[1].params
+    assert main(["bench", "swap", "resnet18", "--output", str(output)]) == 1
+    assert "model='resnet18' is unknown" in capsys.readouterr().err
+
+
 def test_operators_write_where_results_are_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["bench", "ops", NAME, "--device", "cpu", "--match", "7x7", "--modes", "forward"]
@@ -93,6 +109,7 @@ def test_help_of_every_word(capsys):
         ["plot", "--help"],
         ["mixers", "--help"],
         ["scaling", "--help"],
+        ["swap", "--help"],
     ):
         with pytest.raises(SystemExit) as done:
             main(["bench", *words])

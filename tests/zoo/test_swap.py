@@ -107,7 +107,7 @@ def _build(source: Any, arguments: dict[str, Any]) -> nn.Module:
 
 def _images(*size: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    count = 1 if min(size) > 200 else 2
+    count = 1 if min(size) > 224 else 2
     return torch.randn(count, 3, *size, generator=generator, dtype=torch.float64)
 
 

@@ -7,6 +7,7 @@ between events.
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from collections.abc import Callable, Sequence
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from vitarium.benchmarks import record, timer
-from vitarium.benchmarks.arguments import device_named, known
+from vitarium.benchmarks.arguments import DTYPES, device_named, known
 from vitarium.benchmarks.mixers import MODES, OURS, Outcome
 from vitarium.benchmarks.official import measured, prepared
 from vitarium.zoo import fused, swap_mixers
@@ -46,6 +47,7 @@ def bench_swap(
     *,
     device: str | None = None,
     batch_size: int = 4,
+    dtypes: Sequence[str] = ("float32",),
     modes: Sequence[str] = MODES,
     threads: int = 1,
     min_rounds: int = 5,
@@ -53,7 +55,7 @@ def bench_swap(
     output: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
-    """Measure timm's models with our mixers and with timm's, in float32, at their native size.
+    """Measure timm's models with our mixers and with timm's, at their native size.
 
     Weights are random. Drop path is off in training: it would draw other numbers in either model.
 
@@ -61,10 +63,11 @@ def bench_swap(
         names: timm's names, of which there is a `fused_<name>`; those of `MODELS` if empty.
         device: "cpu" or "cuda"; CUDA if there is any, if None.
         batch_size: images.
+        dtypes: of weights and images; outputs are compared in float32 only.
         modes: of "forward" (in inference mode) and "training" (forward and backward).
         threads: threads that torch uses on the CPU.
         min_rounds: samples per model at least.
-        seconds: time given to each model in each mode.
+        seconds: time given to each model in each dtype and mode.
         output: JSON Lines file that records are appended to.
         progress: called with a line about each model.
 
@@ -78,6 +81,7 @@ def bench_swap(
     allowed = [name.removeprefix(fused.PREFIX) for name in timm.list_models(f"{fused.PREFIX}*")]
     names = known("model", names, allowed) or MODELS
     known("mode", modes, MODES)
+    known("dtype", dtypes, DTYPES)
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     outcome = Outcome([], [])
@@ -97,9 +101,9 @@ def bench_swap(
             if problem:
                 outcome.refused.append(f"{name}: {problem}")
                 continue
-            for mode in modes:
-                progress(f"{name} {mode}")
-                found = measured(name, models, images, mode, min_rounds, seconds)
+            for dtype, mode in itertools.product(dtypes, modes):
+                progress(f"{name} {dtype} {mode}")
+                found = measured(name, models, images, dtype, mode, min_rounds, seconds)
                 if output is not None:
                     record.append(output, found)
                 outcome.records.extend(found)

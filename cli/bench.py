@@ -263,6 +263,7 @@ def _swap_parser() -> ArgumentParser:
     )
     _add_place(parser, threads=1)
     parser.add_argument("--batch-size", type=PositiveInt, default=4, help="images")
+    parser.add_argument("--dtypes", type=Dtype, nargs="+", default=["float32"], help="data types")
     _add_modes(parser, ["forward", "training"])
     parser.add_argument("--seconds", type=NonNegativeFloat, default=10.0, help="per setting")
     parser.add_argument(

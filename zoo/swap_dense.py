@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 import torch
-from timm.layers import gen_relative_log_coords, resize_rel_pos_bias_table
+from timm.layers.pos_embed_rel import gen_relative_log_coords, resize_rel_pos_bias_table
 from torch import Tensor
 
 from vitarium.ops import attention

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed_nhwc
+from timm.layers.pos_embed import resample_abs_pos_embed_nhwc
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function
 from timm.models._manipulate import checkpoint
@@ -61,7 +60,7 @@ def volo_tokens(model: Any, x: Tensor) -> Tensor:
 def volo_intermediates(
     model: Any,
     x: Tensor,
-    indices: int | Sequence[int] | None = None,
+    indices: int | list[int] | None = None,
     norm: bool = False,
     stop_early: bool = False,
     output_fmt: str = "NCHW",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -462,6 +464,16 @@ def test_compile_and_export() -> None:
     torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
     program = torch.export.export(model, (x,))
     torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"<!-- example: swap_mixers -->\s+```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {"timm": timm, "torch": torch}
+    exec(code, names)
+    assert names["logits"].shape == (1, 1000)
+    assert "SwinTransformerBlock by window" in capsys.readouterr().out
+    assert not swap_mixers(names["model"]).already
 
 
 # --- registered names ----------------------------------------------------------------------------

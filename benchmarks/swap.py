@@ -94,7 +94,7 @@ def bench_swap(
                     nn.init.normal_(parameter, std=0.1)
             ours = copy.deepcopy(theirs)
             swap_mixers(ours)
-            size = theirs.pretrained_cfg["input_size"]
+            size = timm.get_pretrained_cfg(name).input_size
             images = torch.randn(batch_size, *size, device=target)
             models = {OURS: ours, THEIRS: theirs}
             problem = prepared(models, images)

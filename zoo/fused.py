@@ -43,7 +43,9 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
 
 
 def _register(name: str) -> None:
-    configurations = {PREFIX + key: cfg for key, cfg in get_arch_pretrained_cfgs(name).items()}
+    configurations: dict[str, Any] = {
+        PREFIX + key: cfg for key, cfg in get_arch_pretrained_cfgs(name).items()
+    }
     default_cfgs.update(generate_default_cfgs(configurations))
     setattr(sys.modules[__name__], PREFIX + name, register_model(_entry_point(name)))
 

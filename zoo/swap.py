@@ -187,13 +187,18 @@ def restore_mixers(model: nn.Module) -> tuple[str, ...]:
     paths = tuple(_ours(model))
     for path in paths:
         module = model.get_submodule(path)
-        module.__class__ = type(module).timm_class
+        module.__class__ = _timm_class(module)
     return paths
+
+
+def _timm_class(module: Any) -> type[nn.Module]:
+    """What a module that is ours was before."""
+    return type(module).timm_class
 
 
 def _adapter(module: Any) -> Adapter:
     """What a module that is ours was replaced by."""
-    return ADAPTERS[_qualified(type(module).timm_class)]
+    return ADAPTERS[_qualified(_timm_class(module))]
 
 
 def _ours(model: nn.Module) -> list[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.layers.pos_embed import resample_abs_pos_embed_nhwc
 from timm.models._features import feature_take_indices
-from timm.models._features_fx import register_notrace_function
 from timm.models._manipulate import checkpoint
 from torch import Tensor
 
@@ -34,7 +35,7 @@ _VOLO = "timm.models.volo.VOLO"
 _NEEDS = ("network", "pos_embed", "pos_drop", "stage_ends", "post_network", "norm")
 
 
-@register_notrace_function  # it looks at sizes in Python
+@torch.fx.wrap  # one node to torch.fx: it looks at sizes in Python
 def positions_of(x: Tensor, pos_embed: Tensor) -> Tensor:
     """A map of positions `(1, H, W, C)`, interpolated to the map x as timm does for a new size."""
     return resample_abs_pos_embed_nhwc(pos_embed, [x.shape[1], x.shape[2]])

@@ -28,8 +28,13 @@ from pathlib import Path
 PATTERNS = "VITARIUM_TIMM_SUITE_MODELS"
 # timm selects the models of the feature tests by module; ours are tested as members of this one.
 HOST_MODULE = "swin_transformer"
-# timm tells models whose features are sequences by their names too; these are ours.
-SEQUENCES = ("NON_STD_FILTERS = [\n", "NON_STD_FILTERS = [\n    '*_deit_*',\n")
+# timm tells models whose features are sequences by their names too; these are ours, and timm's own
+# with our mixers.
+SEQUENCES = (
+    "NUM_NON_STD = len(NON_STD_FILTERS)\n",
+    "NON_STD_FILTERS += ['*_deit_*', *(f'fused_{name}' for name in NON_STD_FILTERS)]\n"
+    "NUM_NON_STD = len(NON_STD_FILTERS)\n",
+)
 
 
 def selected() -> set[str]:

@@ -21,14 +21,17 @@ def pointwise(layer: Any, x: Tensor) -> Tensor:
 
     A layer that is neither (of low-rank adaptation, quantised, with hooks) is called as it is.
     """
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-    if type(layer) is nn.Linear and not hooked:
-        return linear(x, layer.weight, layer.bias)
-    if type(layer) is nn.Conv2d and not hooked:
+    if plain(layer):
         return linear(x, layer.weight.flatten(1), layer.bias)
     if getattr(layer, "weight", x).dim() == 4:
         return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return layer(x)
+
+
+def plain(layer: Any) -> bool:
+    """Whether a layer is a product with its weight, and nothing else."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+    return type(layer) in (nn.Linear, nn.Conv2d) and not hooked
 
 
 def split_heads(layer: Any, x: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from vitarium.ops import window_attention
 from vitarium.ops.halo import halo_attention
+from vitarium.ops.mixer import qkv_heads
+from vitarium.ops.projection import linear
 from vitarium.ops.window_mixers import Layout, Pair, pair
 from vitarium.zoo.swap import adapt
-from vitarium.zoo.swap_parts import pointwise, split_biased, split_heads
+from vitarium.zoo.swap_parts import plain, pointwise, split_biased, split_heads
 
 SWIN = "timm.models.swin_transformer.SwinTransformerBlock"
 SWIN_V2 = "timm.models.swin_transformer_v2.SwinTransformerV2Block"
@@ -154,10 +156,18 @@ def position_bias(rel_pos: Any, offsets: Tensor | None = None) -> Tensor | None:
 
 def maxvit_heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value `(..., num_heads, head_dim)` of MaxViT's attention."""
+    layer, heads = attn.qkv, attn.num_heads
     if not attn.head_first:
-        return split_heads(attn.qkv, x, attn.num_heads)
-    query, key, value = pointwise(attn.qkv, x).unflatten(-1, (attn.num_heads, 3, -1)).unbind(-2)
-    return query, key, value
+        return split_heads(layer, x, heads)
+    if not plain(layer) or x.numel() < 2 * x.shape[-1] ** 2:
+        query, key, value = pointwise(layer, x).unflatten(-1, (heads, 3, -1)).unbind(-2)
+        return query, key, value
+    # Windows are taken faster of all queries, then all keys: few rows of the weight move for it.
+    weight, bias = (
+        t if t is None else t.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+        for t in (layer.weight.flatten(1), layer.bias)
+    )
+    return qkv_heads(lambda x: linear(x, weight, bias), x, heads)
 
 
 def _partitioned(attn: Any, x: Tensor, layout: Layout) -> Tensor:

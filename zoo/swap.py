@@ -101,9 +101,9 @@ def swap_mixers(model: nn.Module) -> SwapReport:
     objects under the same names, and so does the output, also in training. Attention dropout, where
     it is on, is computed in training by timm's own code.
 
-    Images may have any size afterwards: maps are padded with zeros to whole windows, as in timm's
-    models of dynamic size, and tables of positions are interpolated, as in timm's
-    `set_input_size`.
+    Images may have any size afterwards, but of BEiT and of ViT with relative position bias: maps
+    are padded with zeros to whole windows, as in timm's models of dynamic size, and tables of
+    positions are interpolated, as in timm's `set_input_size`.
 
     Swin's shift hides other windows' tokens entirely, where timm subtracts 100 from their scores.
 
@@ -120,8 +120,9 @@ def swap_mixers(model: nn.Module) -> SwapReport:
     replaced: dict[str, str] = {}
     kept: dict[str, str] = {}
     already = tuple(_ours(model))
-    fixed = []  # paths of mixers that refuse sizes
-    done = [path for path in already if _adapter(model.get_submodule(path)).mixer]
+    known = {path: _adapter(model.get_submodule(path)) for path in already}
+    done = [path for path, adapter in known.items() if adapter.mixer]
+    fixed = [path for path, adapter in known.items() if adapter.fixed_size]  # refuse sizes
     for path, module in model.named_modules():
         kind = type(module)
         if any(_within(path, other) for other in done):

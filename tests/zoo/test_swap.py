@@ -315,6 +315,15 @@ def test_swapping_again_changes_nothing_and_takes_what_is_new() -> None:
     assert set(third.replaced) == {path for path in first.replaced if path.startswith("layers.1.")}
 
 
+def test_what_takes_one_size_only_stays_so() -> None:
+    model = _build("beit_base_patch16_224", {**VIT, "img_size": 64})
+    for _ in range(2):
+        report = swap_mixers(model)
+        assert not report.lifted and "patch_embed" in report.kept
+    with pytest.raises(AssertionError):
+        model(_images(80, 64))
+
+
 def test_part_of_a_model_and_model_within_a_module() -> None:
     model = _swin()
     assert set(swap_mixers(model.layers[0]).replaced) == {"blocks.0", "blocks.1"}

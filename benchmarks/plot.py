@@ -236,7 +236,7 @@ def _frame(
             columnspacing=1.6,
         )  # fmt: skip
         top = 1.12
-    figure.text(left, 0.10 / height, _where(records), fontsize=8, color=MUTED, va="bottom")
+    figure.text(left, 0.10 / height, where_measured(records), fontsize=8, color=MUTED, va="bottom")
     figure.subplots_adjust(
         left=left, right=0.985, top=1 - (top + 0.18) / height, bottom=0.95 / height,
         hspace=0.5, wspace=0.06,
@@ -258,7 +258,8 @@ def _label(name: str) -> str:
     return LABELS.get(name, name.replace("_", " "))
 
 
-def _where(records: Sequence[Record]) -> str:
+def where_measured(records: Sequence[Record]) -> str:
+    """Processor, threads, clock, versions and date of the last of records."""
     r = records[-1]
     libraries = ("torch", "triton", "timm", "natten", "vitarium")
     versions = ", ".join(f"{name} {r.versions[name]}" for name in libraries if name in r.versions)

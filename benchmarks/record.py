@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import torch
 
-SCHEMA = 2
+SCHEMA = 3
 CLOCKS = {
     "wall": "wall time",
     "cpu": "process CPU time",
@@ -64,10 +64,11 @@ class Record:
     """One measurement.
 
     Attributes:
-        kind: "operator", "mixer" or "model".
-        name: the operator's, the mixer's or the model's name.
+        kind: "operator", "mixer", "model", or "run" of a training.
+        name: the operator's, the mixer's or the model's name; of testbeds, the mixer's.
         implementation: backend, peer or "floor" of an operator; "vitarium" or a peer of a mixer;
-            "eager" or "compiled" model, or "vitarium" and "official" where both were compared.
+            "eager" or "compiled" model, or "vitarium" and "official" where both were compared;
+            "trained" of a run, whose one sample is the whole of it.
         mode: "forward", "backward" or "training" (forward and backward).
         dtype: data type of the tensors, such as "bfloat16".
         shapes: shape of every input tensor.
@@ -85,6 +86,9 @@ class Record:
         error: error of the checked result, see `error_of`.
         error_of: what was compared with what before the clock was started.
         parts: share of the forward time by kind of module, see `vitarium.benchmarks.breakdown`.
+        seed: of a run.
+        accuracy: top-1 on held-out images after a run, 0 to 1; None if it failed...
+        failure: ... and why.
         machine: where.
         versions: of Python and of every library that matters.
         commit: of this repository, with "+dirty" if tracked files were changed; None outside one.
@@ -93,7 +97,7 @@ class Record:
             and none changes its meaning, so that old records stay readable.
     """
 
-    kind: Literal["operator", "mixer", "model"]
+    kind: Literal["operator", "mixer", "model", "run"]
     name: str
     implementation: str
     mode: Literal["forward", "backward", "training"]
@@ -118,6 +122,9 @@ class Record:
     parts: dict[str, float] = field(default_factory=dict)
     commit: str | None = None
     case: str | None = None
+    seed: int | None = None
+    accuracy: float | None = None
+    failure: str | None = None
     schema: int = SCHEMA
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,9 +45,7 @@ def run(config: Namespace) -> int:
     recipe = TrainConfig.from_yaml(*find_recipe("digits"))
     try:
         if config.epochs is not None:
-            warmup = min(recipe.schedule.warmup_epochs, config.epochs - 1)
-            schedule = dataclasses.replace(recipe.schedule, warmup_epochs=max(0, warmup))
-            recipe = dataclasses.replace(recipe, epochs=config.epochs, schedule=schedule)
+            recipe = recipe.with_epochs(config.epochs)
     except ConfigError as error:
         raise ArgumentError(None, str(error)) from None
     folder = claim_folder(config.output, "demo")

@@ -56,7 +56,7 @@ def _figures(name: str, model: nn.Module) -> Table:
     table.add_row("params", f"{counts.params:,}")
     table.add_row("GFLOPs", f"{counts.macs / 1e9:.3f} (1 multiply-add counts as 1, as in papers)")
     table.add_row("activations", f"{counts.activations:,}")
-    ours = name.partition(".")[0] in zoo.list_models()
+    ours = bool(zoo.list_models(name.partition(".")[0]))
     published = zoo.published(name) if ours else None
     if published is not None:
         top1 = f", top-1 {published.top1} %" if published.top1 is not None else ""
@@ -87,7 +87,7 @@ def _mixers(module: nn.Module) -> Iterator[str]:
 def _checkpoints(name: str) -> Table:
     table = _plain_table("checkpoints", "tag", "what is known of it")
     bare = name.partition(".")[0]
-    ours = bare in zoo.list_models()
+    ours = bool(zoo.list_models(bare))
     known = timm.models.get_arch_pretrained_cfgs(bare)
     # Ours also load from a file where there is nothing to download.
     for tagged in sorted(known) if ours else timm.list_pretrained(f"{bare}.*"):

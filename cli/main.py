@@ -22,6 +22,7 @@ COMMANDS = {
     "convert": "write an official checkpoint as safetensors in our names",
     "export": "write a model as a torch.export program and as ONNX, checked",
     "bench": "measure models: parameters, GFLOPs, latency, throughput, memory",
+    "testbed": "train every mixer in one macro design, and compare them",
     "list": "list the models of this package, with published figures",
     "info": "describe one model",
     "doctor": "versions, devices, and which backends can run",

@@ -217,6 +217,16 @@ class TrainConfig:
                 "because augment.mixup or augment.cutmix pairs images"
             )
 
+    def with_epochs(self, epochs: int) -> TrainConfig:
+        """The same with other `epochs`, and no longer a warm-up than they allow.
+
+        Raises:
+            ConfigError: `epochs` is below 1.
+        """
+        warmup = max(0, min(self.schedule.warmup_epochs, epochs - 1))
+        schedule = dataclasses.replace(self.schedule, warmup_epochs=warmup)
+        return dataclasses.replace(self, epochs=epochs, schedule=schedule)
+
     def to_yaml(self) -> str:
         """The configuration as a recipe: `from_yaml` and `--config` read it back."""
         return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)

@@ -15,6 +15,7 @@ from vitarium.zoo import (
     swap_maps,  # noqa: F401
     swap_sizes,  # noqa: F401
     swap_windows,  # noqa: F401
+    testbed,
     transnext,
 )
 from vitarium.zoo.checkpoint import CheckpointReport, load_checkpoint
@@ -46,5 +47,6 @@ __all__ = [
     "published",
     "restore_mixers",
     "swap_mixers",
+    "testbed",
     "transnext",
 ]

@@ -7,6 +7,7 @@ Maps are channels-last, `(B, H, W, C)`, from the stem to the head, of any height
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
-from vitarium.ops import Mixer, build_mixer
+from vitarium.ops import MIXERS, Mixer, build_mixer
 
 StageMixers = Any  # a mixer spec, or a list of them that the blocks of the stage take in turn
 
@@ -333,7 +334,11 @@ def _is_mixer_spec(spec: Sequence[Any]) -> bool:
 def _make_mixer(spec: Any, dim: int, proj_drop: float) -> Mixer | None:
     if spec is None:
         return None
-    mixer = build_mixer(spec, dim, proj_drop=proj_drop)
+    name = spec if isinstance(spec, str) else spec[0] if _is_mixer_spec(spec) else None
+    takes = signature(MIXERS[name].__init__).parameters if name in MIXERS else ("proj_drop",)
+    # Some mixers have no dropout: their papers have no projection after them.
+    defaults = {"proj_drop": proj_drop} if {"proj_drop", "kwargs"} & set(takes) else {}
+    mixer = build_mixer(spec, dim, **defaults)
     register_notrace_module(type(mixer))  # one node to torch.fx: its size arithmetic is Python
     return mixer
 

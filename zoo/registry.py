@@ -34,6 +34,7 @@ class Published:
 
 _PUBLISHED: dict[str, Published] = {}  # by "model.tag"
 _FILTERS: dict[str, CheckpointFilter] = {}  # by model
+_UNLISTED: set[str] = set()  # models of no paper
 
 
 def imagenet_cfg(size: int, *, stride: int | None = 32, **further: Any) -> dict[str, Any]:
@@ -65,6 +66,7 @@ def register_family(
     published: Mapping[str, Published],
     checkpoint_filter_fn: CheckpointFilter,
     out_indices: Sequence[int] = (0, 1, 2, 3),
+    listed: bool = True,
 ) -> None:
     """Register one timm entry point per variant of a family, or of a part of it: call it per part.
 
@@ -76,12 +78,15 @@ def register_family(
         published: figures by "name.tag".
         checkpoint_filter_fn: maps official state-dict keys to ours.
         out_indices: stages that `features_only=True` returns unless told otherwise.
+        listed: whether `list_models()` has them without a pattern.
     """
     namespace = sys.modules[module]
     configurations = generate_default_cfgs({k: dict(v) for k, v in default_cfgs.items()})
     namespace.default_cfgs = {**getattr(namespace, "default_cfgs", {}), **configurations}
     _PUBLISHED.update(published)
     _FILTERS.update(dict.fromkeys(variants, checkpoint_filter_fn))
+    if not listed:
+        _UNLISTED.update(variants)
 
     def entry_point(name: str, build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -125,6 +130,7 @@ def checkpoint_filter(model_name: str) -> CheckpointFilter | None:
 def list_models(pattern: str = "") -> list[str]:
     """Names of the backbones of this package that timm knows; `pattern` as in timm.list_models.
 
+    Without a pattern, those of papers: the testbeds are there for "*" and "testbed_*".
     timm's own models with our mixers, `vitarium.zoo.fused`, are not among them.
     """
     return [
@@ -132,6 +138,7 @@ def list_models(pattern: str = "") -> list[str]:
         for name in timm.list_models(pattern)
         if (module := timm.models.model_entrypoint(name).__module__).startswith(f"{_PACKAGE}.")
         and module != f"{_PACKAGE}.fused"
+        and (pattern or name not in _UNLISTED)
     ]
 
 

@@ -319,22 +319,27 @@ def factory_device(device: torch.device | str | None) -> contextlib.AbstractCont
 
 def _in_turn(spec: Any, depth: int) -> list[Any]:
     """One entry per block: `spec` itself, or the entries of the list that it is, in turn."""
-    if isinstance(spec, str) or not isinstance(spec, Sequence) or _is_mixer_spec(spec):
+    if isinstance(spec, str) or not isinstance(spec, Sequence) or is_mixer_spec(spec):
         return [spec] * depth
     if not spec:
         raise ValueError("Pyramid: the list of a stage's mixers or blocks is empty")
     return [spec[i % len(spec)] for i in range(depth)]
 
 
-def _is_mixer_spec(spec: Sequence[Any]) -> bool:
-    """Whether a sequence is `(name, arguments)`: one mixer, not one per block."""
-    return len(spec) == 2 and isinstance(spec[0], str) and isinstance(spec[1], Mapping)
+def is_mixer_spec(spec: Any) -> bool:
+    """Whether `spec` is `(name, arguments)`: one mixer, not one per block."""
+    return (
+        isinstance(spec, Sequence)
+        and len(spec) == 2
+        and isinstance(spec[0], str)
+        and isinstance(spec[1], Mapping)
+    )
 
 
 def _make_mixer(spec: Any, dim: int, proj_drop: float) -> Mixer | None:
     if spec is None:
         return None
-    name = spec if isinstance(spec, str) else spec[0] if _is_mixer_spec(spec) else None
+    name = spec if isinstance(spec, str) else spec[0] if is_mixer_spec(spec) else None
     takes = signature(MIXERS[name].__init__).parameters if name in MIXERS else ("proj_drop",)
     # Some mixers have no dropout: their papers have no projection after them.
     defaults = {"proj_drop": proj_drop} if {"proj_drop", "kwargs"} & set(takes) else {}

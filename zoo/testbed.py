@@ -7,7 +7,7 @@ instead of 4 times the width, which pays for the convolutions. `testbed_nano` is
 pixels. `SETTINGS` says what each mixer is given in each stage, and where that is from.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitarium.ops import MIXERS, Mixer
 from vitarium.zoo.parts import Block, ConvDownsample, ConvStem
-from vitarium.zoo.pyramid import Pyramid, init_module
+from vitarium.zoo.pyramid import Pyramid, init_module, is_mixer_spec
 from vitarium.zoo.registry import imagenet_cfg, register_family
 from vitarium.zoo.testbed_settings import SETTINGS, Place, arguments_for
 
@@ -95,9 +95,7 @@ def _per_stage(mixers: Any, stages: int) -> list[Any]:
     Raises:
         ValueError: their number is not that of the stages.
     """
-    single = isinstance(mixers, str) or (
-        isinstance(mixers, Sequence) and len(mixers) == 2 and isinstance(mixers[1], Mapping)
-    )
+    single = isinstance(mixers, str) or is_mixer_spec(mixers)
     if single or not isinstance(mixers, Sequence):
         return [mixers] * stages
     if len(mixers) == 1:
@@ -112,9 +110,14 @@ def _per_stage(mixers: Any, stages: int) -> list[Any]:
 
 def _filled(spec: Any, place: Place, nano: bool) -> Any:
     """`spec` with the settings of its place, where it leaves them open."""
-    name, given = (spec, {}) if isinstance(spec, str) else (spec[0], spec[1])
-    if name not in MIXERS:
+    if isinstance(spec, str):
+        name, given = spec, {}
+    elif is_mixer_spec(spec):
+        name, given = spec
+    else:
         return spec  # the pyramid says what is wrong
+    if name not in MIXERS:
+        return spec
     return (name, {**arguments_for(name, place, nano), **given})
 
 

@@ -1,6 +1,6 @@
 """Run timm's own model tests, of the installed timm version, on every backbone of this package.
 
-    python tests/zoo/run_timm_suite.py                          # all backbones
+    python tests/zoo/run_timm_suite.py                          # all backbones of papers
     python tests/zoo/run_timm_suite.py nat_mini "dinat_s_*"     # those that match
     python tests/zoo/run_timm_suite.py "fused_halonet*"         # timm's models with our mixers
     python tests/zoo/run_timm_suite.py nat_mini -- -x -k fx     # what follows -- goes to pytest
@@ -16,7 +16,6 @@ including the tests of feature extraction and pruning, and deselects timm's mode
 """
 
 import argparse
-import fnmatch
 import os
 import shutil
 import subprocess
@@ -38,21 +37,20 @@ SEQUENCES = (
 
 
 def selected() -> set[str]:
-    """Our models that the patterns name; timm's with our mixers only where one says fused_."""
+    """Models that the patterns name, those of papers without any; timm's with ours by fused_*."""
     import timm
 
     import vitarium.zoo
 
-    patterns = os.environ.get(PATTERNS, "*").split(",")
-    fused = [pattern for pattern in patterns if pattern.startswith("fused_")]
+    patterns = os.environ.get(PATTERNS, "").split(",")
     return {
         name
-        for names, wanted in (
-            (vitarium.zoo.list_models(), patterns),
-            (timm.list_models("fused_*"), fused),
+        for pattern in patterns
+        for name in (
+            timm.list_models(pattern)
+            if pattern.startswith("fused_")
+            else vitarium.zoo.list_models(pattern)
         )
-        for name in names
-        if any(fnmatch.fnmatch(name, pattern) for pattern in wanted)
     }
 
 
@@ -97,7 +95,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("models", nargs="*", default=["*"], help="names or patterns of backbones")
+    parser.add_argument("models", nargs="*", default=[], help="names or patterns of backbones")
     parser.add_argument("--sdist", type=Path, help="timm's source distribution, if at hand")
     options = parser.parse_args(arguments[:split])
     with tempfile.TemporaryDirectory() as temporary:

@@ -188,16 +188,16 @@ def plot(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     note = (
         f"Held-out accuracy, mean of {seeds} seed{'s' if seeds > 1 else ''}"
         f"{f' with {CONFIDENCE:.0%} confidence interval' if seeds > 1 else ''}, log scale in the "
-        "error: up and to the left is better; the line joins what no other mixer beats in both"
+        "error.\nUp and to the left is better; the line joins what no other mixer beats in both."
     )
-    figure.text(0.06, 0.978, note, fontsize=11, color=MUTED)
+    figure.text(0.06, 0.983, note, fontsize=11, color=MUTED, va="top")
     figure.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(0.05, 0.976), ncols=4, frameon=False,
-        fontsize=11, labelcolor=INK,
+        handles=handles, loc="upper left", bbox_to_anchor=(0.05, 0.9705), ncols=4, frameon=False,
+        fontsize=10, columnspacing=1.2, handletextpad=0.1, labelcolor=INK,
     )  # fmt: skip
     records = [row.training for row in rows if row.training is not None]
     figure.text(0.06, 0.006, where_measured(records), fontsize=9.5, color=MUTED)
-    figure.subplots_adjust(left=0.06, right=0.985, top=0.945, bottom=0.04, hspace=0.13)
+    figure.subplots_adjust(left=0.06, right=0.985, top=0.94, bottom=0.04, hspace=0.13)
     for ax, (_, value) in zip(panels, _PANELS):
         _label(ax, rows, value)
     figure.savefig(path, dpi=110)
@@ -233,7 +233,7 @@ def _panel(ax: Axes, rows: Sequence[Row], label: str, value: Callable[[Row], flo
     values = [value(row) for row in rows]
     ax.set_xlim(min(values) / 1.2, max(values) * 1.35)
     low, high = ax.get_xlim()
-    ticks = [s * 10**e for e in range(-4, 6) for s in (1, 1.5, 2, 3, 5, 7)]
+    ticks = [s * 10**e for e in range(-4, 6) for s in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)]
     ax.set_xticks([tick for tick in ticks if low <= tick <= high])
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     accuracies = (0, 50, 70, 80, 90, 93, 95, 96, 97, 98, 98.5, 99, 99.5, 99.8)

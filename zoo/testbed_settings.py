@@ -55,12 +55,12 @@ class Settings:
 
 KINDS = {
     "dense": "all tokens",
-    "local": "a neighborhood or window",
-    "sparse": "a grid, stripes or distant tokens",
+    "local": "neighborhood or window",
+    "sparse": "grid, stripes, distant tokens",
     "routed": "what content chooses",
     "pooled": "pooled keys or agents",
     "linear": "linear in tokens",
-    "channel": "channels or modulation",
+    "channel": "channels, modulation",
 }
 
 

@@ -6,7 +6,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation
+from matplotlib.text import Annotation, Text
 
 from vitarium.benchmarks import record, testbed, testbed_views
 from vitarium.benchmarks.testbed_views import Row
@@ -166,5 +166,9 @@ def test_the_picture_names_every_mixer_and_no_names_overlap(rows, tmp_path, monk
     for ax in figure.axes:
         names = [text for text in ax.texts if isinstance(text, Annotation)]
         assert sorted(text.get_text() for text in names) == sorted(SETTINGS)
+        renderer = figure.canvas.get_renderer()
+        boxes = [Text.get_window_extent(text, renderer) for text in names]  # without their lines
+        overlaps = sum(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        assert overlaps == 0
     with pytest.raises(ValueError, match="no mixer has both"):
         testbed_views.plot([failed], tmp_path / "none.png")

@@ -71,7 +71,8 @@ class Pyramid(nn.Module):
             feature, not on the way to the next stage, as detectors have it; one for the network,
             or a list with one per stage. None for none.
         drop_rate: dropout before the classifier.
-        proj_drop_rate: dropout after the projections of mixers and feed-forward networks.
+        proj_drop_rate: dropout after the projections of feed-forward networks and of those mixers
+            that have it.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
         device, dtype: where and in which floating-point type the parameters are made.
 
@@ -341,7 +342,6 @@ def _make_mixer(spec: Any, dim: int, proj_drop: float) -> Mixer | None:
         return None
     name = spec if isinstance(spec, str) else spec[0] if is_mixer_spec(spec) else None
     takes = signature(MIXERS[name].__init__).parameters if name in MIXERS else ("proj_drop",)
-    # Some mixers have no dropout: their papers have no projection after them.
     defaults = {"proj_drop": proj_drop} if {"proj_drop", "kwargs"} & set(takes) else {}
     mixer = build_mixer(spec, dim, **defaults)
     register_notrace_module(type(mixer))  # one node to torch.fx: its size arithmetic is Python

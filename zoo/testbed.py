@@ -21,8 +21,6 @@ from vitarium.zoo.pyramid import Pyramid, init_module, is_mixer_spec
 from vitarium.zoo.registry import imagenet_cfg, register_family
 from vitarium.zoo.testbed_settings import SETTINGS, Place, arguments_for
 
-SIZES = ("nano", "tiny", "small")
-
 
 def testbed(
     *,
@@ -49,7 +47,7 @@ def testbed(
         head_dim: channels per attention head, where the mixer's paper has none of its own.
         mlp_ratio: hidden width of the feed-forward networks over the stage's channels.
         img_size: side of the images that tables of the mixers are made for; any size is taken.
-        nano: settings and stem for images of 32 pixels.
+        nano: take the settings for images of 32 pixels.
         kwargs: further arguments of `Pyramid`, which win over those set here.
 
     Raises:
@@ -142,13 +140,14 @@ def _leaves_first(module: nn.Module) -> Iterator[nn.Module]:
     yield module
 
 
-testbed_nano = partial(
-    testbed, embed_dim=16, depths=(2, 2, 1), head_dim=8, mlp_ratio=2.0, img_size=32, nano=True
-)
-testbed_tiny = partial(testbed, embed_dim=96, depths=(2, 2, 6, 2), drop_path_rate=0.2)
-testbed_small = partial(testbed, embed_dim=96, depths=(2, 2, 18, 2), drop_path_rate=0.3)
-
-_BUILDERS = {"nano": testbed_nano, "tiny": testbed_tiny, "small": testbed_small}
+_BUILDERS = {
+    "nano": partial(
+        testbed, embed_dim=16, depths=(2, 2, 1), head_dim=8, mlp_ratio=2.0, img_size=32, nano=True
+    ),
+    "tiny": partial(testbed, embed_dim=96, depths=(2, 2, 6, 2), drop_path_rate=0.2),
+    "small": partial(testbed, embed_dim=96, depths=(2, 2, 18, 2), drop_path_rate=0.3),
+}
+SIZES = tuple(_BUILDERS)
 
 
 def name_of(mixer: str, size: str) -> str:
@@ -185,7 +184,7 @@ _NANO_CFG = {
 _CFG = imagenet_cfg(224, first_conv="stem.conv1", license="apache-2.0")
 
 for _size in SIZES:
-    # `testbed_tiny` alone is that of plain attention, to be given other mixers.
+    # `testbed_tiny` by itself is that of plain attention, to be given other mixers.
     _variants = {f"testbed_{_size}": partial(_BUILDERS[_size], mixers="attention")}
     for _mixer in sorted(SETTINGS):
         _variants[name_of(_mixer, _size)] = partial(_BUILDERS[_size], mixers=_mixer)

@@ -96,7 +96,8 @@ def bench_testbed(
         record.append(file, [found])
         progress(f"{number}/{len(due)} {_outcome(found)}")
     records = record.read(file)
-    if not all(row.forward and row.training for row in rows(records, names, recipe)):
+    trained = [row for row in rows(records, names, recipe) if row.accuracies]
+    if not all(row.forward and row.training for row in trained):
         record.append(file, _measured(names, recipe, seconds, progress))
         records = record.read(file)
     found = rows(records, names, recipe)

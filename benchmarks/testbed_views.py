@@ -184,10 +184,11 @@ def plot(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
         for kind in present
     ]  # fmt: skip
     figure.text(0.06, 0.987, "One macro design, any mixer", fontsize=20, weight="bold", color=INK)
-    seeds = max(len(row.accuracies) for row in rows)
+    fewest, most = (pick(len(row.accuracies) for row in rows) for pick in (min, max))
+    count = str(most) if fewest == most else f"{fewest} to {most}"
     note = (
-        f"Held-out accuracy, mean of {seeds} seed{'s' if seeds > 1 else ''}"
-        f"{f' with {CONFIDENCE:.0%} confidence interval' if seeds > 1 else ''}, log scale in the "
+        f"Held-out accuracy, mean of {count} seed{'s' if most > 1 else ''}"
+        f"{f' with {CONFIDENCE:.0%} confidence interval' if most > 1 else ''}, log scale in the "
         "error.\nUp and to the left is better; the line joins what no other mixer beats in both."
     )
     figure.text(0.06, 0.983, note, fontsize=11, color=MUTED, va="top")

@@ -9,6 +9,7 @@ again, so that the same command goes on where it ended.
 from __future__ import annotations
 
 import importlib
+import json
 import multiprocessing
 import os
 import tempfile
@@ -120,12 +121,17 @@ def _arguments(recipe: TrainConfig) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in ("seed", "workers")}
 
 
+def _completed(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of a record; what recipes have come to say since then, by its default."""
+    return {**_arguments(TrainConfig()), **arguments}
+
+
 def _run_identity(run: Run) -> tuple[Any, ...]:
-    return (run.mixer, run.config.seed, str(_arguments(run.config)))
+    return (run.mixer, run.config.seed, json.dumps(_arguments(run.config), sort_keys=True))
 
 
 def _identity(r: Record) -> tuple[Any, ...]:
-    return (r.name, r.seed, str(r.arguments))
+    return (r.name, r.seed, json.dumps(_completed(r.arguments), sort_keys=True))
 
 
 def _outcome(r: Record) -> str:
@@ -274,7 +280,7 @@ def rows(records: Sequence[Record], names: Sequence[str], recipe: TrainConfig) -
     wanted = _arguments(recipe)
     found = {name: Row(name, {}, {}) for name in names}
     for r in records:
-        if r.name not in found or r.arguments != wanted:
+        if r.name not in found or _completed(r.arguments) != wanted:
             continue
         row = found[r.name]
         if r.implementation != TRAINED:

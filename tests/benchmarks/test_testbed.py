@@ -76,6 +76,10 @@ def test_a_comparison_goes_on_where_it_ended(here, broken, tmp_path, monkeypatch
     assert third.accuracies.keys() == {0, 1} and third.margin > 0
     records = record.read(tmp_path / "testbed.jsonl")
     assert [r.seed for r in records if r.kind == "run"] == [0, 0, 1]
+    older = [dataclasses.replace(r, arguments={**r.arguments}) for r in records]
+    for r in older:
+        del r.arguments["precision"]  # as if recipes had come to have it later
+    assert testbed.rows(older, ["window"], RECIPE)[0].accuracies == third.accuracies
     other = dataclasses.replace(RECIPE, batch_size=128)
     assert testbed.rows(records, ["window"], RECIPE) == [third]
     assert testbed.rows(records, ["window"], other) == [Row("window", {}, {})]

@@ -86,6 +86,8 @@ def bench_testbed(
             raise ValueError(f"{name}={value} must be at least 1")
     names = list(dict.fromkeys(names)) or sorted(MIXERS)
     recipe = recipe or TrainConfig.from_yaml(*find_recipe(RECIPE))
+    if recipe.image_size is None:
+        raise ValueError("recipe.image_size=None must be a size: mixers are measured with it")
     file = Path(output) / "testbed.jsonl"
     before = record.read(file) if file.exists() else []
     done = {_identity(r) for r in before if r.implementation == TRAINED and r.accuracy is not None}

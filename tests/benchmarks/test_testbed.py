@@ -108,11 +108,12 @@ def test_a_process_that_dies_fails_its_run_alone(monkeypatch):
         ({"names": ["windows"]}, "mixer='windows' is unknown; did you mean window"),
         ({"seeds": 0}, "seeds=0 must be at least 1"),
         ({"jobs": 0}, "jobs=0 must be at least 1"),
+        ({"recipe": TrainConfig()}, "recipe.image_size=None must be a size"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        testbed.bench_testbed(output=tmp_path, recipe=RECIPE, **arguments)
+        testbed.bench_testbed(output=tmp_path, **{"recipe": RECIPE, **arguments})
 
 
 # --- views ----------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ VARIANTS = {
     ),
 }
 
-_CFG = {
+NANO_CFG = {
     "num_classes": 1000,
     "input_size": (3, 32, 32),
     "pool_size": (2, 2),
@@ -38,7 +38,7 @@ _CFG = {
 register_family(
     __name__,
     VARIANTS,
-    default_cfgs={name: _CFG for name in VARIANTS},
+    default_cfgs={name: NANO_CFG for name in VARIANTS},
     published={},
     checkpoint_filter_fn=checkpoint_filter_fn,
     out_indices=(0, 1, 2),

@@ -12,10 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from torch import Tensor, nn
 
 from vitarium.ops import MIXERS, Mixer
+from vitarium.zoo.nano import NANO_CFG
 from vitarium.zoo.parts import Block, ConvDownsample, ConvStem
 from vitarium.zoo.pyramid import Pyramid, init_module, is_mixer_spec
 from vitarium.zoo.registry import imagenet_cfg, register_family
@@ -169,18 +169,6 @@ def _checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> di
     return state_dict
 
 
-_NANO_CFG = {
-    "num_classes": 1000,
-    "input_size": (3, 32, 32),
-    "pool_size": (2, 2),
-    "crop_pct": 1.0,
-    "interpolation": "bicubic",
-    "mean": IMAGENET_INCEPTION_MEAN,
-    "std": IMAGENET_INCEPTION_STD,
-    "first_conv": "stem.conv1",
-    "classifier": "head.fc",
-    "license": "apache-2.0",
-}
 _CFG = imagenet_cfg(224, first_conv="stem.conv1", license="apache-2.0")
 
 for _size in SIZES:
@@ -191,7 +179,7 @@ for _size in SIZES:
     register_family(
         __name__,
         _variants,
-        default_cfgs=dict.fromkeys(_variants, _NANO_CFG if _size == "nano" else _CFG),
+        default_cfgs=dict.fromkeys(_variants, NANO_CFG if _size == "nano" else _CFG),
         published={},
         checkpoint_filter_fn=_checkpoint_filter_fn,
         out_indices=(0, 1, 2) if _size == "nano" else (0, 1, 2, 3),

@@ -71,7 +71,8 @@ def dynamic_convolution(x: Tensor, weight: Tensor) -> Tensor:
     """
     if _one_by_one(x):
         return torch.stack(list(_convolved(x, weight)))
-    if dispatch.exporting():  # a convolution's groups are a constant in ONNX, batches need not be
+    # A convolution's groups are a constant in ONNX, batches need not be.
+    if dispatch.exporting() and not torch.jit.is_tracing():
         height, width = x.shape[1:3]
         padded = F.pad(x, (0, 0, 1, 1, 1, 1))
         shifts = [(row, column) for row in range(3) for column in range(3)]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vitarium.ops import dispatch
 from vitarium.ops.dispatch import Case, Implementation, Operator
 from vitarium.ops.local import LocalAttention, check_bias, check_tensors
-from vitarium.ops.mixer import Mixer, pad_map, qkv_heads
+from vitarium.ops.mixer import Mixer, qkv_heads
 from vitarium.ops.projection import Linear
 from vitarium.ops.windows import Window
 
@@ -255,7 +255,7 @@ class NeighborhoodAttention(Mixer, name="neighborhood"):
             max(0, k * d - length)
             for k, d, length in zip(self.kernel_size, self.dilation, x.shape[1:3])
         ]
-        return pad_map(x, lack)
+        return F.pad(x, (0, 0, 0, lack[1], 0, lack[0])) if any(lack) else x
 
     def mix(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """A context must be a map of the same size."""

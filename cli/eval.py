@@ -23,7 +23,7 @@ def parser() -> ArgumentParser:
         "--data",
         metavar="SOURCE",
         type=str | None,
-        help="digits or folder:PATH; as trained if absent",
+        help="digits, folder:PATH, tar:PATH, ... (docs/data.md); as trained if absent",
     )
     parser.add_argument(
         "--batch_size", type=PositiveInt | None, help="images per batch; as trained if absent"
@@ -48,7 +48,8 @@ def run(config: Namespace) -> None:
     console = Console()
     console.print(
         f"accuracy {evaluation.accuracy:.2%} ({evaluation.correct}/{evaluation.total}), "
-        f"loss {evaluation.loss:.4f}",
+        f"loss {evaluation.loss:.4f}"
+        + (f"; {evaluation.broken} broken images are in no figure" if evaluation.broken else ""),
         highlight=False,
     )
     path = record_evaluation(config.checkpoint, config.data, evaluation)

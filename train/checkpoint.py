@@ -7,6 +7,7 @@
     RUN/last.safetensors      weights for use, after the last epoch or at an interruption
     RUN/best.safetensors      weights for use, of the epoch that did best on the held-out images
     RUN/last.training.pt      everything that going on exactly needs (also best.training.pt)
+    RUN/broken.jsonl          the images that could not be read, if any, one record each
     RUN/evaluations.jsonl     one record per `vitarium eval`
 
 A `.safetensors` file is a plain state dict in the names of the model, so timm's `checkpoint_path`

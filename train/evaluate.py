@@ -27,13 +27,15 @@ class Evaluation:
 
     Args:
         correct: images whose most probable class is theirs.
-        total: images seen.
+        total: images seen, which are those that can be read.
         loss: mean cross-entropy in nats.
+        broken: images that cannot be read; they are in none of the other figures.
     """
 
     correct: int
     total: int
     loss: float
+    broken: int = 0
 
     @property
     def accuracy(self) -> float:
@@ -70,7 +72,7 @@ def held_out_loader(
     data: ImageData, inputs: InputConfig, batch_size: int, workers: int, accelerator: Accelerator
 ) -> DataLoader[Any]:
     """The held-out images in batches; over all processes, each image is in exactly one."""
-    samples = Samples(data.held_out, inputs.transform())
+    samples = Samples(data.held_out, inputs.transform(), data.broken)
     part = range(accelerator.process_index, len(samples), accelerator.num_processes)
     return create_loader(samples, workers, batch_size=batch_size, sampler=part)
 
@@ -91,20 +93,26 @@ def score(
         inputs: how the model takes them.
         accelerator: device, precision and processes.
         before_batch: called before every batch; may raise to stop.
+
+    Raises:
+        BrokenDataError: more images than `source.max_broken` allows cannot be read.
     """
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64)  # correct, total, loss
+    sums = torch.zeros(4, dtype=torch.float64)  # correct, total, loss, this process's share
+    sums[3] = len(loader.sampler)  # type: ignore[arg-type]
     for images, targets in batches(loader, accelerator.device):
         before_batch()
         with accelerator.autocast():
             logits = model(inputs.normalize(images))
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")
         correct = (logits.argmax(-1) == targets).sum()
-        sums += torch.tensor([correct.item(), len(targets), loss.item()], dtype=torch.float64)
+        sums[:3] += torch.tensor([correct.item(), len(targets), loss.item()], dtype=torch.float64)
     if accelerator.num_processes > 1:
         sums = accelerator.reduce(sums.float().to(accelerator.device), "sum").double().cpu()
-    correct, total, loss = sums.tolist()
-    return Evaluation(int(correct), int(total), loss / total)
+    correct, total, loss, share = sums.tolist()
+    if total == 0:
+        raise ValueError(f"none of the {int(share)} held-out images can be read")
+    return Evaluation(int(correct), int(total), loss / total, broken=int(share - total))
 
 
 def evaluate(
@@ -127,7 +135,7 @@ def evaluate(
     """
     model, description = load_model(checkpoint)
     config = description.config
-    images = load_data(config.data if data is None else data)
+    images = load_data(config.data, config.source) if data is None else load_data(data)
     if images.classes != description.classes:
         raise ValueError(
             f"the data have the classes {', '.join(images.classes)}, but the checkpoint "

@@ -18,6 +18,7 @@ from typing import Any
 
 import timm
 import torch
+from accelerate.utils import gather_object
 from rich.console import Console
 from timm.utils import ModelEmaV3
 from torch import Tensor
@@ -28,11 +29,14 @@ from vitarium.train import setup
 from vitarium.train.config import TrainConfig
 from vitarium.train.data import STEP, EpochBatches, batches, load_data, seed_all
 from vitarium.train.evaluate import Evaluation, create_accelerator, score, torch_threads
+from vitarium.train.images import BrokenDataError
 from vitarium.train.interrupt import Interrupted, StopRequest, stop_on_signal
 from vitarium.train.plots import learning_curves
 from vitarium.train.progress import Progress
 
 _LOG = logging.getLogger("vitarium.train")
+# The message of these alone says what happened.
+_EXPECTED = (Interrupted, KeyboardInterrupt, OSError, FloatingPointError, BrokenDataError)
 _REDRAW_SECONDS = 60.0  # the picture is drawn anew at most this often while training
 
 
@@ -70,6 +74,7 @@ def train(
         ValueError, FileNotFoundError: the model or the data cannot be used; nothing is written.
         FileExistsError: `output` holds a run already.
         Interrupted: SIGINT or SIGTERM; `resume(folder)` goes on.
+        BrokenDataError: more images than `source.max_broken` allows cannot be read.
         FloatingPointError: the loss is not finite; checkpoints hold what was before.
     """
     run = _Run(config)
@@ -107,7 +112,7 @@ class _Run:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.accelerator = create_accelerator(config.device, config.precision)
-        self.data = load_data(config.data)
+        self.data = load_data(config.data, config.source)
         seed_all(config.seed)
         classes = len(self.data.classes)
         kwargs = config.model_kwargs
@@ -151,6 +156,9 @@ class _Run:
                 stop_on_signal() as request,
             ):
                 self._log_start()
+                self.data.broken.record_in(
+                    self.folder / "broken.jsonl", write=self.accelerator.is_main_process
+                )
                 self._loop(progress, request)
         except BaseException as error:
             _LOG.error("%s: %s", type(error).__name__, error, exc_info=not _expected(error))
@@ -175,6 +183,7 @@ class _Run:
                 evaluation = score(
                     network, self.held_out, self.inputs, self.accelerator, stop_if_asked
                 )
+                self.data.broken.share(gather_object)
                 self._record(evaluation, progress)
                 if time.monotonic() - drawn > _REDRAW_SECONDS:
                     learning_curves(self.history, self.folder / "curves.png")
@@ -343,4 +352,4 @@ class _Run:
 
 def _expected(error: BaseException) -> bool:
     """Whether the message alone says what happened; of anything else the log keeps the trace."""
-    return isinstance(error, (Interrupted, KeyboardInterrupt, OSError, FloatingPointError))
+    return isinstance(error, _EXPECTED)

@@ -95,6 +95,11 @@ def _walk(file: IO[bytes] | None, path: Path) -> Iterator[tuple[tarfile.TarInfo,
                 if member.isreg():
                     yield member, archive
                 archive.members = []
+            # tarfile takes a header that is cut off or damaged for the end of the archive.
+            archive.fileobj.seek(archive.offset)  # type: ignore[union-attr]
+            mark = archive.fileobj.read(tarfile.BLOCKSIZE)  # type: ignore[union-attr]
+            if mark != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"no header and no end at byte {archive.offset}")
     except tarfile.TarError as error:
         raise ValueError(
             f"archive {path} cannot be read as an uncompressed tar file: {error}"

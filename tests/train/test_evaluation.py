@@ -1,4 +1,4 @@
-"""The test sets around ImageNet in their published layouts, and every figure against a recomputation."""
+"""Test sets around ImageNet in their published layouts; every figure against a recomputation."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_real_labels(drawn: list[Path], tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def corrupted(tmp_path_factory) -> tuple[Path, dict[tuple[str, int], tuple[list[Path], list[int]]]]:
-    """All 15 corruptions and a further one, with 2 images at each severity, in groups as published."""
+    """The 15 corruptions and a further one, 2 images at each severity, in groups as published."""
     root = tmp_path_factory.mktemp("imagenet-c")
     model, sets, number = loaded(), {}, 0
     for corruption in [*ALEXNET_ERRORS, "speckle_noise"]:
@@ -300,15 +300,16 @@ def test_models_of_one_size_are_interpolated() -> None:
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
 def test_shares_of_processes_join_to_the_same_figures(processes: int) -> None:
     generator = torch.Generator().manual_seed(1)
-    logits, targets = torch.randn(23, 7, generator=generator), np.arange(23) % 7
-    parts = [
-        Predictions.from_logits(logits[i::processes], targets[i::processes], np.arange(23)[i::processes])
-        for i in range(processes)
-    ]  # fmt: skip
-    joined, whole = (
-        Predictions.joined(parts),
-        Predictions.from_logits(logits, targets, np.arange(23)),
+    logits, targets, index = (
+        torch.randn(23, 7, generator=generator),
+        np.arange(23) % 7,
+        np.arange(23),
     )
+    shares = [slice(i, None, processes) for i in range(processes)]
+    joined = Predictions.joined(
+        [Predictions.from_logits(logits[s], targets[s], index[s]) for s in shares]
+    )
+    whole = Predictions.from_logits(logits, targets, index)
     for field in dataclasses.fields(Predictions):
         assert np.array_equal(getattr(joined, field.name), getattr(whole, field.name))
 
@@ -326,8 +327,9 @@ def test_figures_of_classes_and_bins() -> None:
         assert [row[name] for row in rows] == pytest.approx(expected.tolist())
     matrix = confusion(predictions, 6)
     assert matrix.sum() == 400 and matrix[2, 3] == ((targets == 2) & (answers == 3)).sum()
-    wrong = [[(targets == i) @ (answers == j) if i != j else 0 for j in range(6)] for i in range(5)]
-    assert [row["mistaken_for"] for row in rows] == ["abcdef"[int(np.argmax(w))] for w in wrong]
+    for i, row in enumerate(rows):
+        wrong = np.bincount(answers[(targets == i) & (answers != i)])
+        assert row["mistaken_for"] == "abcdef"[int(wrong.argmax())]
     bins = calibration(predictions)
     confidence = logits.double().softmax(1).max(1).values.numpy()
     accuracy, mean = calibration_curve(answers == targets, confidence, n_bins=15)

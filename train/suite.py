@@ -21,7 +21,7 @@ from vitarium.train.evaluate import create_accelerator, numbered_loader, score, 
 from vitarium.train.imagenet import CorruptionErrors, TestSet
 from vitarium.train.images import BrokenImages
 from vitarium.train.metrics import Evaluation, Predictions
-from vitarium.train.sources import SCHEMES, VAL_NAMES, Splits, find_splits
+from vitarium.train.sources import SCHEME_FORMS, SCHEMES, VAL_NAMES, Splits, find_splits
 from vitarium.train.weights import LoadedModel, load_weights
 from vitarium.zoo import Published, published
 
@@ -220,9 +220,10 @@ def _check_scheme(source: str) -> None:
     scheme = source.partition(":")[0]
     known = [*imagenet.NAMES, *SCHEMES]
     if scheme not in known:
+        forms = [*(f"{name}:PATH" for name in imagenet.NAMES), *SCHEME_FORMS]
         raise ValueError(
             f"data={source!r} has the unknown scheme {scheme!r}{nearest(scheme, known)}; allowed "
-            f"are {', '.join(f'{name}:PATH' for name in imagenet.NAMES)} and what is trained on"
+            f"are {', '.join(forms)}"
         )
 
 

@@ -36,7 +36,12 @@ def most_confused(matrix: np.ndarray, number: int) -> list[tuple[int, int, int]]
 
 
 def confusion_picture(matrix: np.ndarray, classes: Sequence[str], path: Path, title: str) -> None:
-    """A confusion matrix as a PNG.
+    """`confusion_figure` as a PNG."""
+    save_png(confusion_figure(matrix, classes, title), path)
+
+
+def confusion_figure(matrix: np.ndarray, classes: Sequence[str], title: str) -> Figure:
+    """A confusion matrix.
 
     Few classes: every cell with its number. Many: the matrix, and beside it a list of the most
     frequent mistakes, which at a pixel per cell nobody would find. Colours are parts of a row.
@@ -44,7 +49,6 @@ def confusion_picture(matrix: np.ndarray, classes: Sequence[str], path: Path, ti
     Args:
         matrix: `(C, C)` of counts: rows are classes of images, columns what they were taken for.
         classes: their names.
-        path: the file to write.
         title: above the picture.
     """
     kept = np.arange(len(classes))
@@ -60,7 +64,7 @@ def confusion_picture(matrix: np.ndarray, classes: Sequence[str], path: Path, ti
     _matrix(figure, grid[0], shown, parts, names)
     if listed:
         _mistakes(grid[1], shown, names)
-    save_png(figure, path)
+    return figure
 
 
 def _matrix(
@@ -111,11 +115,15 @@ def _mistakes(axes: Axes, matrix: np.ndarray, names: Sequence[str]) -> None:
 
 
 def reliability_diagram(calibration: Calibration, path: Path, title: str) -> None:
-    """Accuracy by confidence, over how many images have which, as a PNG.
+    """`reliability_figure` as a PNG."""
+    save_png(reliability_figure(calibration, title), path)
+
+
+def reliability_figure(calibration: Calibration, title: str) -> Figure:
+    """Accuracy by confidence, over how many images have which.
 
     Args:
         calibration: as `vitarium.train.metrics.calibration` gives it.
-        path: the file to write.
         title: above the picture.
     """
     bins = len(calibration.count)
@@ -139,7 +147,7 @@ def reliability_diagram(calibration: Calibration, path: Path, title: str) -> Non
         axis.set_major_formatter(PercentFormatter(1, decimals=0))
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
-    save_png(figure, path)
+    return figure
 
 
 def corruption_picture(errors: CorruptionErrors, path: Path, title: str) -> None:

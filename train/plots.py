@@ -42,6 +42,11 @@ def learning_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         records: one per epoch, as in a run's `metrics.jsonl`.
         path: the file to write.
     """
+    save_png(curves_figure(records), path)
+
+
+def curves_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
+    """Loss and accuracy over the epochs, of records as in a run's `metrics.jsonl`."""
     epochs = [record["epoch"] for record in records]
     style = {"marker": "o", "markersize": 2.5, "linewidth": 1.5} if len(epochs) < 60 else {}
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -63,7 +68,7 @@ def learning_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    save_png(figure, path)
+    return figure
 
 
 @dataclasses.dataclass(frozen=True)

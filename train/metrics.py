@@ -48,6 +48,7 @@ class Predictions:
             index: `(B,)`, places in the data set.
         """
         logits = logits.detach().float()
+        target = np.asarray(target, dtype=np.int64)
         targets = torch.as_tensor(target, device=logits.device)
         loss = F.cross_entropy(logits, targets, reduction="none")
         # Not topk, which promises no order of equal logits: the first of them, as argmax has it.
@@ -56,9 +57,9 @@ class Predictions:
         chosen = top.cpu().numpy().astype(np.int32)
         return cls(
             index=np.asarray(index),
-            target=np.asarray(target),
+            target=target,
             top=chosen,
-            hits=chosen == np.asarray(target)[:, None],
+            hits=chosen == target[:, None],
             confidence=confidence.cpu().numpy(),
             loss=loss.cpu().numpy(),
         )

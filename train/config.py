@@ -199,6 +199,31 @@ class SourceConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """When the state of a run is saved, besides every epoch's end and an interruption.
+
+    Args:
+        keep: newest states that are kept; resuming takes the one before a damaged one.
+        every_steps: also after so many steps; null for no such saving.
+        every_minutes: also after so many minutes; null for no such saving.
+    """
+
+    keep: int = 2
+    every_steps: int | None = None
+    every_minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        _integer("checkpoint.keep", self.keep, 1)
+        if self.every_steps is not None:
+            _integer("checkpoint.every_steps", self.every_steps, 1)
+        if self.every_minutes is not None:
+            _number("checkpoint.every_minutes", self.every_minutes)
+            _require(
+                self.every_minutes > 0, "checkpoint.every_minutes", self.every_minutes, "above 0"
+            )
+
+
+@dataclass
 class TrainConfig:
     """Everything that decides a training run, apart from where it is written.
 
@@ -226,6 +251,9 @@ class TrainConfig:
             and saved; null for none.
         precision: "no" (float32), "bf16" or "fp16" mixed precision.
         device: "auto" takes an accelerator if there is one.
+        distributed: with several processes, each holds the whole model ("ddp") or a part of every
+            weight ("fsdp2").
+        checkpoint: when the state of the run is saved.
         workers: processes that read images; 0 reads in the main process.
         threads: CPU threads of torch in the main process; null leaves them as they are. One is
             best for small models: more of them wait for each other.
@@ -251,6 +279,8 @@ class TrainConfig:
     ema_decay: float | None = None
     precision: Literal["no", "bf16", "fp16"] = "no"
     device: Literal["auto", "cpu"] = "auto"
+    distributed: Literal["ddp", "fsdp2"] = "ddp"
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     workers: int = 4
     threads: int | None = None
     seed: int = 0
@@ -325,6 +355,7 @@ _GROUPS = {
     "optimizer": OptimizerConfig,
     "schedule": ScheduleConfig,
     "augment": AugmentConfig,
+    "checkpoint": CheckpointConfig,
 }
 
 

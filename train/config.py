@@ -19,6 +19,11 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+# Where the tasks are; `vitarium.train.task` says what one is.
+TASKS = {
+    "classification": "vitarium.train.task:Classification",
+}
+
 
 class ConfigError(ValueError):
     """A configuration that no run can be started with; the message names the key."""
@@ -203,6 +208,7 @@ class TrainConfig:
             set on disk); "torch:NAME@ROOT" (torchvision). Where there is one split, a fixed
             stratified fifth is held out.
         source: how images and labels are found there.
+        task: what is trained: "classification".
         model: name of a model in timm's registry, ours or not.
         model_kwargs: further arguments of `timm.create_model`, such as `drop_path_rate`.
         pretrained: start from the published weights.
@@ -229,6 +235,7 @@ class TrainConfig:
 
     data: str = "digits"
     source: SourceConfig = field(default_factory=SourceConfig)
+    task: str = "classification"
     model: str = "dinat_nano"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
@@ -249,6 +256,8 @@ class TrainConfig:
     tracking: Literal["wandb"] | None = None
 
     def __post_init__(self) -> None:
+        allowed = f"one of {', '.join(TASKS)}{nearest(str(self.task), TASKS)}"
+        _require(self.task in TASKS, "task", self.task, allowed)
         _integer("epochs", self.epochs, 1)
         _integer("batch_size", self.batch_size, 1)
         _integer("workers", self.workers, 0)

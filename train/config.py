@@ -19,6 +19,11 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+# Where the tasks are; `vitarium.train.task` says what one is.
+TASKS = {
+    "classification": "vitarium.train.task:Classification",
+}
+
 
 # Where the tasks are; `vitarium.train.task` says what one is.
 TASKS = {

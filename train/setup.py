@@ -160,7 +160,7 @@ def create_scheduler(
         num_epochs=config.epochs,
         decay_epochs=schedule.decay_epochs,
         decay_milestones=schedule.decay_milestones,
-        decay_rate=schedule.decay_rate,
+        decay_rate=1.0 if schedule.name == "poly" else schedule.decay_rate,  # poly's: its power
         warmup_epochs=schedule.warmup_epochs,
         warmup_prefix=schedule.warmup_prefix,
         warmup_lr=schedule.warmup_lr,

@@ -9,6 +9,7 @@ import dataclasses
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -18,10 +19,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.datasets import load_digits
 
 from vitarium.train import TrainConfig, resume, train
 from vitarium.train.checkpoint import load_training_state, state_paths
 from vitarium.train.config import AugmentConfig, CheckpointConfig, OptimizerConfig, ScheduleConfig
+from vitarium.train.data import digit_image
 
 KILLS = 6
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills processes by POSIX signals")
@@ -33,7 +36,7 @@ def run_until_killed(config: TrainConfig, folder: Path) -> None:
     resume(folder) if (folder / "config.yaml").exists() else train(config, output=folder)
 
 
-def kill_and_resume(config: TrainConfig, folder: Path, whole: Path, kills: int) -> list[str]:
+def kill_and_resume(config: TrainConfig, folder: Path, kills: int) -> list[str]:
     """Kill the run at random instants, then let it end; where the kills struck.
 
     Processes are forked from one that has imported everything. After every kill, what lies there
@@ -41,33 +44,26 @@ def kill_and_resume(config: TrainConfig, folder: Path, whole: Path, kills: int) 
     """
     draw = random.Random(0)
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["vitarium.train", "vitarium.train.loop", "sklearn.datasets"])
+    server.set_forkserver_preload(["vitarium.train.loop", "vitarium.train.model_card"])
     killed: list[str] = []
-    seconds = 0.0
+    seconds = 2.0  # that a process takes to the end, about
     while True:
         process = server.Process(target=run_until_killed, args=(config, folder))
         start = time.monotonic()
         process.start()
-        # The first processes are killed early, so that the run is not over before the last one.
-        limit = None if len(killed) == kills else draw.uniform(0.0, 1.5 if not seconds else seconds)
-        process.join(limit)
-        seconds = max(0.4, 3 * (time.monotonic() - start) / 2) if not killed else seconds
+        process.join(None if len(killed) == kills else draw.uniform(0, seconds))
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             process.join()
-        elif process.exitcode == 0 and len(killed) < kills:
-            reset(folder, config)  # it was faster than the kill: begin anew
+            killed.append(inspect(folder))
+            if not state_paths(folder):
+                seconds *= 1.5  # it had not come to its first state
             continue
-        else:
-            assert process.exitcode == 0
+        assert process.exitcode == 0
+        if len(killed) == kills:
             return killed
-        killed.append(inspect(folder))
-
-
-def reset(folder: Path, config: TrainConfig) -> None:
-    """Begin again from nothing."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
+        seconds = time.monotonic() - start  # it was faster than the kill: begin anew
+        shutil.rmtree(folder)
 
 
 def inspect(folder: Path) -> str:
@@ -105,37 +101,47 @@ def assert_equal_weights(one: Path, other: Path) -> None:
 def test_killed_at_random_instants(tiny_config: TrainConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(tiny_config, checkpoint=CheckpointConfig(every_steps=2))
     whole = train(config, output=tmp_path / "whole").folder
-    killed = kill_and_resume(config, tmp_path / "run", whole, KILLS)
+    killed = kill_and_resume(config, tmp_path / "run", KILLS)
     assert len(killed) == KILLS
     assert_equal_weights(whole, tmp_path / "run")
     assert not list((tmp_path / "run").rglob(".*.tmp"))
 
 
 def main(kills: int) -> None:
-    """Many kills of a run of 12 epochs on scanned digits."""
-    config = TrainConfig(
-        data="digits",
-        model="dinat_nano",
-        model_kwargs={"drop_path_rate": 0.2},
-        image_size=32,
-        epochs=2,
-        batch_size=64,
-        optimizer=OptimizerConfig(lr=1e-3, clip_grad=1.0),
-        schedule=ScheduleConfig(warmup_epochs=1),
-        augment=AugmentConfig(rotation=5, mixup=0.5, cutmix=0.5, random_erasing=0.3),
-        ema_decay=0.9,
-        device="cpu",
-        workers=0,
-        threads=1,
-        checkpoint=CheckpointConfig(every_steps=2),
-    )
+    """Many kills of a run of 4 epochs of 4 steps."""
     with tempfile.TemporaryDirectory() as folder:
+        config = TrainConfig(
+            data=f"folder:{write_images(Path(folder, 'images'))}",
+            model="dinat_nano",
+            model_kwargs={"drop_path_rate": 0.2},
+            image_size=32,
+            epochs=4,
+            batch_size=12,
+            optimizer=OptimizerConfig(lr=1e-3, clip_grad=1.0),
+            schedule=ScheduleConfig(warmup_epochs=1),
+            augment=AugmentConfig(rotation=5, mixup=0.5, cutmix=0.5, random_erasing=0.3),
+            ema_decay=0.9,
+            device="cpu",
+            workers=0,
+            threads=1,
+            checkpoint=CheckpointConfig(every_steps=2),
+        )
         whole = train(config, output=Path(folder, "whole")).folder
-        killed = kill_and_resume(config, Path(folder, "run"), whole, kills)
+        killed = kill_and_resume(config, Path(folder, "run"), kills)
         for number, where in enumerate(killed, 1):
             print(f"kill {number}: {where}")
         assert_equal_weights(whole, Path(folder, "run"))
         print(f"{kills} kills; the weights at the end are equal to the last bit")
+
+
+def write_images(root: Path) -> Path:
+    """Three class folders of 20 scanned digits each."""
+    digits = load_digits()
+    for label in (1, 4, 7):
+        (root / str(label)).mkdir(parents=True)
+        for number, scan in enumerate(digits.images[digits.target == label][:20]):
+            digit_image(scan).save(root / str(label) / f"{number}.png")
+    return root
 
 
 if __name__ == "__main__":

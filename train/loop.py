@@ -157,13 +157,6 @@ class _Run:
         self.steps_per_epoch = setup.steps_per_epoch(config, len(self.order))
         self.epochs = config.epochs + config.schedule.cooldown_epochs
         module = self.task.module.to(self.accelerator.device)
-<<<<<<< HEAD
-=======
-        optimizer = setup.create_optimizer(module, config)
-        self.scheduler = setup.create_scheduler(optimizer, config, self.steps_per_epoch)
-        if config.compile:
-            module.compile()  # in place: the names of the state dict stay as they are
->>>>>>> options
         decay = config.ema_decay
         self.ema = ModelEmaV3(module, decay, use_warmup=True) if decay is not None else None
         # Evaluation takes no turns with other processes, so sharded weights are gathered for it.
@@ -173,6 +166,8 @@ class _Run:
                 distribution.shard(part, self.accelerator)
         optimizer = setup.create_optimizer(module, config)
         self.scheduler = setup.create_scheduler(optimizer, config, self.steps_per_epoch)
+        if config.compile:
+            module.compile()  # in place: the names of the state dict stay as they are
         self.model = module if self.sharded else self.accelerator.prepare(module)
         self.optimizer = self.accelerator.prepare(optimizer)
         self.step, self.evaluated_step = 0, 0
@@ -245,11 +240,16 @@ class _Run:
             self.order.epoch, within = divmod(self.step, self.steps_per_epoch)
             self.order.first = within * self.accumulate
             self.model.train()
-<<<<<<< HEAD
+            self.task.start_epoch(self.order.epoch)
+            parts: list[tuple[Tensor, Tensor]] = []
             loaded = batches(self.loader, self.accelerator.device)
-            for images, targets in self.meter.timed(loaded):
+            for part in self.meter.timed(loaded):
                 stop_if_asked()
-                self._train_step(images, targets)
+                parts.append(part)
+                if len(parts) < self.accumulate:
+                    continue
+                self._train_step(*(part if self.accumulate == 1 else map(torch.cat, zip(*parts))))
+                parts = []
                 progress.step(self.step, self.watch.loss)
                 if self.watch.stop:
                     self._stop()
@@ -258,37 +258,16 @@ class _Run:
             self.watch.flush()
 
     def _train_step(self, images: Tensor, targets: Tensor) -> None:
-        seed_all(self.config.seed, STEP, self.step, self.accelerator.process_index)
-        with self.accelerator.autocast():
-            loss = self.task.loss(self.model, *self.task.prepare(images, targets))
-            auxiliary = auxiliary_losses(self.task.module)
-            if auxiliary:
-                loss = loss + self.config.auxiliary_loss * torch.stack(auxiliary).mean()
-        stop = self.request.signum is not None and self.accelerator.num_processes > 1
-        self.watch.note(self.step, loss, images, targets, stop, self._saving_is_due())
-        self.accelerator.backward(loss)
-=======
-            self.task.start_epoch(self.order.epoch)
-            parts: list[tuple[Tensor, Tensor]] = []
-            for part in batches(self.loader, self.accelerator.device):
-                stop_if_asked()
-                parts.append(part)
-                if len(parts) == self.accumulate:
-                    whole = part if self.accumulate == 1 else map(torch.cat, zip(*parts))
-                    loss = self._train_step(*whole)
-                    progress.step(self.step, loss)
-                    parts = []
-
-    def _train_step(self, images: Tensor, targets: Tensor) -> float:
         """One step of the optimizer, with one forward and backward pass for every part."""
-        value = 0.0
+        loss: Tensor | float = 0.0
         parts = zip(images.chunk(self.accumulate), targets.chunk(self.accumulate))
         for number, part in enumerate(parts, self.step * self.accumulate):
             seed_all(self.config.seed, STEP, number, self.accelerator.process_index)
             last = (number + 1) % self.accumulate == 0
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                value += self._add_gradients(*part)
->>>>>>> options
+                loss = loss + self._add_gradients(*part)
+        stop = self.request.signum is not None and self.accelerator.num_processes > 1
+        self.watch.note(self.step, loss, images, targets, stop, self._saving_is_due())
         if self.config.optimizer.clip_grad is not None:
             self.accelerator.clip_grad_norm_(
                 self.model.parameters(), self.config.optimizer.clip_grad
@@ -333,21 +312,16 @@ class _Run:
             f"{where}"
         )
 
-    def _add_gradients(self, images: Tensor, targets: Tensor) -> float:
+    def _add_gradients(self, images: Tensor, targets: Tensor) -> Tensor:
         """Add those of one part of a step's images; its share of the mean loss."""
-        loss = self.task.loss(self.model, *self.task.prepare(images, targets))
-        auxiliary = auxiliary_losses(self.task.module)
-        if auxiliary:
-            loss = loss + self.config.auxiliary_loss * torch.stack(auxiliary).mean()
+        with self.accelerator.autocast():
+            loss = self.task.loss(self.model, *self.task.prepare(images, targets))
+            auxiliary = auxiliary_losses(self.task.module)
+            if auxiliary:
+                loss = loss + self.config.auxiliary_loss * torch.stack(auxiliary).mean()
         loss = loss / self.accumulate
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the loss is {value} at step {self.step} (epoch {self._epoch()}); a lower "
-                "optimizer.lr, optimizer.clip_grad or precision 'no' may help"
-            )
         self.accelerator.backward(loss)
-        return value
+        return loss.detach()
 
     # --- records ---------------------------------------------------------------------------------
 
@@ -491,13 +465,8 @@ class _Run:
             self.watch.loss_sum = state["loss_sum"]
         except (KeyError, RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())
-<<<<<<< HEAD
             raise ValueError(f"the saved state does not fit the run: {reason}") from None
-        self.scheduler.step_update(self.step)
-=======
-            raise ValueError(f"training state {path} does not fit the run: {reason}") from None
         setup.set_learning_rate(self.scheduler, self.step, self.steps_per_epoch)
->>>>>>> options
 
     def _data_identity(self) -> dict[str, Any]:
         return {"train_images": len(self.data.train.targets), "classes": self.data.classes}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import dataclasses
-from collections.abc import Callable, Mapping
-=======
->>>>>>> options
+from collections.abc import Mapping
 from typing import Any
 
 import torch

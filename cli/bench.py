@@ -1,7 +1,7 @@
 """`vitarium bench`: measure models or operators, and draw what was measured.
 
 The first word says what is done (`models`, `ops`, `mixers`, `official`,
-`swap`, `scaling`, `plot`); without it, words are models.
+`swap`, `scaling`, `train`, `plot`); without it, words are models.
 """
 
 from __future__ import annotations
@@ -278,6 +278,38 @@ def _run_swap(config: Namespace) -> int:
     return _run_compared(bench_swap, config, "swap.jsonl")
 
 
+# --- the training loop ---------------------------------------------------------------------------
+
+
+def _train_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="A step of our training loop beside a bare PyTorch loop, with the same model "
+        "and the same images in memory; or the memory of a step with activation checkpointing."
+    )
+    parser.add_argument(
+        "name", metavar="MODEL", type=str, nargs="?", default="dinat_nano", help="registered name"
+    )
+    _add_place(parser, threads=1)
+    parser.add_argument("--batch-size", type=PositiveInt, default=64, help="images per step")
+    parser.add_argument("--image-size", type=PositiveInt, default=32, help="side of the images")
+    parser.add_argument("--seconds", type=NonNegativeFloat, default=20.0, help="for both loops")
+    parser.add_argument("--memory-only", action="store_true", help="memory instead of time")
+    parser.add_argument(
+        "--output", type=str | None, default=None, help=_OUTPUT.format(name="training.jsonl")
+    )
+    return parser
+
+
+def _run_train(config: Namespace) -> None:
+    from vitarium.benchmarks.training import bench_training
+
+    arguments = {**vars(config), "output": _output(config, "training.jsonl")}
+    for entry in bench_training(**arguments):
+        peak = "" if entry.peak_memory is None else f", {entry.peak_memory / 2**20:.1f} MiB at most"
+        print(f"{entry.implementation}: {entry.median * 1e3:.2f} ms per step{peak}")
+    _say_where(arguments["output"])
+
+
 # --- pictures ------------------------------------------------------------------------------------
 
 
@@ -352,5 +384,6 @@ _WHAT = {
     "scaling": (_scaling_parser, _run_scaling, "mixers on maps of 196 to 65,536 tokens"),
     "official": (_official_parser, _run_official, "backbones against official code"),
     "swap": (_swap_parser, _run_swap, "timm's models with our mixers against timm's"),
+    "train": (_train_parser, _run_train, "a training step against a bare loop"),
     "plot": (_plot_parser, _run_plot, "a picture of records"),
 }

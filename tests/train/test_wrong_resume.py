@@ -65,7 +65,7 @@ def test_a_damaged_state_is_passed_over(
     run: Path, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
-    newest, before = state_paths(tmp_path)
+    newest, _ = state_paths(tmp_path)
     damage(newest)
     with pytest.raises(ValueError, match="cannot be read"):
         load_training_state(newest)

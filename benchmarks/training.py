@@ -1,8 +1,8 @@
 """A training step of our loop beside a bare one: overhead, and memory with checkpointing.
 
-Both train the same model on the same batch, which is in memory: the bare loop does forward, loss,
-backward and step, ours all that a run does between two batches (seeding, normalisation, finite
-loss, schedule). They take turns in one process.
+Both train the same model on the same batch, which is in memory as it was read, in uint8: the bare
+loop normalises it and does forward, loss, backward and step, ours all that a run does between two
+batches (also seeding, a look at the loss, schedule). They take turns in one process.
 """
 
 from __future__ import annotations
@@ -75,11 +75,13 @@ def bench_training(
             found = _peaks(run, images, targets)
         else:
             bare = _Run(config)
-            inputs = bare.inputs.normalize(images)
             optimizer = create_optimizer(bare.network, config)
             bare.network.train()
 
             def bare_step() -> None:
+                inputs = bare.inputs.normalize(
+                    images
+                )  # images are in memory as they are read, uint8
                 F.cross_entropy(bare.network(inputs), targets).backward()
                 optimizer.step()
                 optimizer.zero_grad()

@@ -3,10 +3,14 @@
     RUN/config.yaml           the resolved configuration; `--config RUN/config.yaml` repeats the run
     RUN/metrics.jsonl         one record per epoch
     RUN/curves.png            the same as a picture
+    RUN/tensorboard/          the same for TensorBoard
+    RUN/report.html           all about the run on one page
+    RUN/README.md             the model card
     RUN/train.log             what happened, with versions
     RUN/last.safetensors      weights for use, after the last epoch or at an interruption
     RUN/best.safetensors      weights for use, of the epoch that did best on the held-out images
     RUN/last.training.pt      everything that going on exactly needs (also best.training.pt)
+    RUN/broken.jsonl          the images that could not be read, if any, one record each
     RUN/evaluations.jsonl     one record per `vitarium eval`
 
 A `.safetensors` file is a plain state dict in the names of the model, so timm's `checkpoint_path`

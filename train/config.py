@@ -107,6 +107,8 @@ class AugmentConfig:
         hflip: probability of a horizontal flip.
         color_jitter: strength of brightness, contrast and saturation changes.
         auto_augment: policy in timm's notation, such as "rand-m9-mstd0.5-inc1"; null for none.
+        repeats: variations of an image in one batch (repeated augmentation, arXiv 1901.09335; 3 in
+            DeiT); an epoch stays as long and sees so many times fewer images.
         random_erasing: probability of erasing a rectangle.
         mixup: alpha of Mixup, 0 for none.
         cutmix: alpha of CutMix, 0 for none.
@@ -119,6 +121,7 @@ class AugmentConfig:
     hflip: float = 0.5
     color_jitter: float = 0.4
     auto_augment: str | None = None
+    repeats: int = 1
     random_erasing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -137,8 +140,56 @@ class AugmentConfig:
         for name in ("hflip", "random_erasing", "label_smoothing"):
             _number(f"augment.{name}", getattr(self, name), 0, 1)
         _number("augment.rotation", self.rotation, 0, 180)
+        _integer("augment.repeats", self.repeats, 1)
         for name in ("color_jitter", "mixup", "cutmix"):
             _number(f"augment.{name}", getattr(self, name))
+
+
+@dataclass
+class SourceConfig:
+    """How images and labels are found in `data`, by timm's names where it has the same option.
+
+    Args:
+        train_split: name of the split that is trained on; "train" or "training" if null.
+        val_split: name of the split that is held out; the first of "val", "valid", "validation",
+            "eval", "evaluation" and "test" that there is if null.
+        val_data: another source, written as `data` is, to take the held-out images from.
+        class_map: file that says which classes there are, in which order: `.txt` with a name per
+            line, or timm's `.pkl`; classes that it does not name are left out.
+        input_key: column of the images in a Hugging Face data set; the only one of images if null.
+        target_key: column of the labels in a Hugging Face data set, or field of the `.json` of a
+            WebDataset; the only one of class labels, or "label", or `.cls` if null.
+        download: whether torchvision may download what is missing.
+        max_broken: images that may be unreadable before a run stops: below 1 a fraction of all
+            training and held-out images together (but at least one image), from 1 a number.
+    """
+
+    train_split: str | None = None
+    val_split: str | None = None
+    val_data: str | None = None
+    class_map: str | None = None
+    input_key: str | None = None
+    target_key: str | None = None
+    download: bool = False
+    max_broken: float = 0.01
+
+    def __post_init__(self) -> None:
+        names = ("train_split", "val_split", "val_data", "class_map", "input_key", "target_key")
+        for name in names:
+            _require(getattr(self, name) != "", f"source.{name}", "", "a name, or null")
+        _number("source.max_broken", self.max_broken)
+        _require(
+            self.max_broken < 1 or self.max_broken == int(self.max_broken),
+            "source.max_broken",
+            self.max_broken,
+            "a fraction below 1, or a whole number of images",
+        )
+        _require(
+            self.val_split is None or self.val_split != self.train_split,
+            "source.val_split",
+            self.val_split,
+            "another split than source.train_split",
+        )
 
 
 @dataclass
@@ -146,9 +197,12 @@ class TrainConfig:
     """Everything that decides a training run, apart from where it is written.
 
     Args:
-        data: "digits" (scikit-learn's bundled scans), or "folder:PATH" with one folder of images
-            per class, or `train/` and `val/` that hold them; without `val/` a fixed stratified
-            fifth is held out.
+        data: "digits" (scikit-learn's bundled scans); "folder:PATH" with one folder of images per
+            class, or `train/` and `val/` that hold them; "tar:PATH" (such folders in tar files);
+            "wds:PATH" (WebDataset shards, "{000..127}" expands); "hfds:PATH" (a Hugging Face data
+            set on disk); "torch:NAME@ROOT" (torchvision). Where there is one split, a fixed
+            stratified fifth is held out.
+        source: how images and labels are found there.
         model: name of a model in timm's registry, ours or not.
         model_kwargs: further arguments of `timm.create_model`, such as `drop_path_rate`.
         pretrained: start from the published weights.
@@ -169,9 +223,12 @@ class TrainConfig:
         threads: CPU threads of torch in the main process; null leaves them as they are. One is
             best for small models: more of them wait for each other.
         seed: of everything random.
+        tracking: "wandb" sends the figures to Weights & Biases too, with its own settings
+            (WANDB_PROJECT, WANDB_MODE, ...).
     """
 
     data: str = "digits"
+    source: SourceConfig = field(default_factory=SourceConfig)
     model: str = "dinat_nano"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
@@ -189,6 +246,7 @@ class TrainConfig:
     workers: int = 4
     threads: int | None = None
     seed: int = 0
+    tracking: Literal["wandb"] | None = None
 
     def __post_init__(self) -> None:
         _integer("epochs", self.epochs, 1)
@@ -252,7 +310,12 @@ class TrainConfig:
         return cls(**{**own, **groups})
 
 
-_GROUPS = {"optimizer": OptimizerConfig, "schedule": ScheduleConfig, "augment": AugmentConfig}
+_GROUPS = {
+    "source": SourceConfig,
+    "optimizer": OptimizerConfig,
+    "schedule": ScheduleConfig,
+    "augment": AugmentConfig,
+}
 
 
 def _plain(value: Any) -> Any:

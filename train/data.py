@@ -13,7 +13,6 @@ import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,137 +25,28 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
-from vitarium.train.config import AugmentConfig, nearest
+from vitarium.train.config import AugmentConfig
+from vitarium.train.images import Broken, BrokenImages, image_name, read_image
+from vitarium.train.sources import ImageData, Split, digit_image, load_data
 
-HELD_OUT = 0.2  # part of the images that is held out where the data has no split of its own
-ORDER, IMAGE, STEP = range(3)  # what a seed is for; see `seed_all`
-DIGITS_SIZE = 32  # pixels; scikit-learn's scans have 8, which is too few to crop and rotate
+# What is used with the loaders comes from here, whichever file it is in.
+__all__ = [
+    "EpochBatches",
+    "ImageData",
+    "InputConfig",
+    "Samples",
+    "Split",
+    "batches",
+    "create_loader",
+    "digit_image",
+    "load_data",
+    "random_erasing",
+    "read_image",
+    "seed_all",
+]
 
-
-class Split(NamedTuple):
-    """Images (or the paths of files) and the index of the class of each."""
-
-    images: Sequence[Image.Image | Path]
-    targets: Sequence[int]
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """What is trained on, what is held out, and the names of the classes in order."""
-
-    train: Split
-    held_out: Split
-    classes: list[str]
-
-
-def load_data(source: str) -> ImageData:
-    """The data that `source` names: "digits" or "folder:PATH".
-
-    Raises:
-        ValueError: the scheme is unknown, or the folder's contents cannot be trained on.
-        FileNotFoundError: the folder, its class folders or the images of a class are missing.
-    """
-    scheme, _, argument = source.partition(":")
-    if scheme not in SCHEMES:
-        raise ValueError(
-            f"data={source!r} has the unknown scheme {scheme!r}{nearest(scheme, SCHEMES)}; "
-            "allowed are digits and folder:PATH"
-        )
-    return SCHEMES[scheme](argument)
-
-
-def _load_digits(argument: str) -> ImageData:
-    """1,797 scanned handwritten digits of 8x8 pixels, upsampled (Alpaydin and Kaynak, 1998)."""
-    from sklearn.datasets import load_digits
-
-    if argument:
-        raise ValueError(f"data='digits:{argument}': digits takes no argument")
-    digits: Any = load_digits()
-    images = [digit_image(scan) for scan in digits.images]
-    return _hold_out("digits", Split(images, digits.target.tolist()), list("0123456789"))
-
-
-def digit_image(scan: np.ndarray) -> Image.Image:
-    """A scan of 8x8 values from 0 to 16 as an image of `DIGITS_SIZE`.
-
-    The strokes of a scan touch its border: a margin of one pixel keeps them whole in most crops.
-    """
-    pixels = np.pad((scan * (255 / 16)).round().astype(np.uint8), 1)
-    image = Image.fromarray(pixels)
-    size = (DIGITS_SIZE, DIGITS_SIZE)
-    return image.resize(size, Image.Resampling.BICUBIC).convert("RGB")
-
-
-def _load_folder(argument: str) -> ImageData:
-    """One folder of images per class, or `train/` and `val/` that hold such folders."""
-    if not argument:
-        raise ValueError("data='folder:' lacks the path: folder:PATH")
-    root = Path(argument).expanduser()
-    if not root.is_dir():
-        raise FileNotFoundError(f"data='folder:{argument}': {root} is not a folder")
-    if not (root / "train").is_dir():
-        return _hold_out(str(root), *_read_class_folders(root))
-    if not (root / "val").is_dir():
-        raise FileNotFoundError(f"{root} holds train/ but no val/")
-    train, classes = _read_class_folders(root / "train")
-    held_out, held_out_classes = _read_class_folders(root / "val")
-    if classes != held_out_classes:
-        differ = sorted(set(classes) ^ set(held_out_classes))
-        raise ValueError(f"{root}: train/ and val/ have different classes: {', '.join(differ)}")
-    return ImageData(train, held_out, classes)
-
-
-def _read_class_folders(root: Path) -> tuple[Split, list[str]]:
-    from torchvision.datasets import ImageFolder
-
-    folder = ImageFolder(str(root))  # names the class folders that hold no image
-    if len(folder.classes) < 2:
-        raise ValueError(f"{root} holds one class folder, {folder.classes[0]!r}; two are needed")
-    paths, targets = zip(*folder.samples)
-    return Split([Path(path) for path in paths], list(targets)), folder.classes
-
-
-SCHEMES: dict[str, Callable[[str], ImageData]] = {"digits": _load_digits, "folder": _load_folder}
-
-
-def _hold_out(origin: str, split: Split, classes: list[str]) -> ImageData:
-    """A fixed fifth of every class held out: the same images whatever the run's seed."""
-    from sklearn.model_selection import train_test_split
-
-    try:
-        parts = train_test_split(
-            range(len(split.targets)),
-            test_size=HELD_OUT,
-            stratify=split.targets,
-            random_state=0,
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"{origin} has {len(split.targets)} images in {len(classes)} classes, too few to hold "
-            f"out a fifth of every class ({error})"
-        ) from None
-    train, held_out = (
-        Split([split.images[i] for i in part], [split.targets[i] for i in part]) for part in parts
-    )
-    return ImageData(train, held_out, classes)
-
-
-def read_image(path: Path | Image.Image) -> Image.Image:
-    """The image in a file, in RGB; an image is returned as it is.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds no image that can be read.
-    """
-    if isinstance(path, Image.Image):
-        return path
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"image {path} does not exist") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {path} cannot be read: {error}") from None
+ORDER, IMAGE, STEP, OTHER = range(4)  # what a seed is for; see `seed_all`
+_ATTEMPTS = 100  # images that are tried in the place of a broken one
 
 
 @dataclass(frozen=True)
@@ -218,7 +108,7 @@ def random_erasing(augment: AugmentConfig, device: torch.device) -> Callable[[Te
 def seed_all(*numbers: int) -> None:
     """Set the state of every global random generator as a function of `numbers`.
 
-    Convention: (seed, one of ORDER, IMAGE and STEP, further numbers), so that uses do not meet.
+    Convention: (seed, one of ORDER, IMAGE, STEP and OTHER, further numbers): uses do not meet.
     """
     torch.manual_seed(_seed_cpu(*numbers))
 
@@ -232,29 +122,65 @@ def _seed_cpu(*numbers: int) -> int:
     return seed
 
 
-class Samples(Dataset[tuple[Any, int] | Exception]):
-    """Transformed images by index, or by (index, *numbers), which then seed the transform.
+class Sample(NamedTuple):
+    """A transformed image with its class; None if it is broken and nothing stands in for it.
 
-    An image that cannot be read is returned as the exception that says so: raised in a worker
-    process it would arrive as a traceback.
+    `broken` are the images that were tried before it and could not be read. They are returned,
+    because what a worker process raises or logs is lost.
     """
 
-    def __init__(self, split: Split, transform: Callable[[Image.Image], Any]) -> None:
+    image: Any
+    target: int
+    broken: tuple[Broken, ...] = ()
+
+
+class Samples(Dataset[Sample]):
+    """Transformed images by index, or by (index, *numbers), which then seed the transform.
+
+    Another image stands in for one that cannot be read where numbers are given, which is when
+    training: the same one whenever index and numbers are the same.
+
+    Args:
+        split: the images.
+        transform: from an image in RGB to an array.
+        broken: takes note of what cannot be read, and stops the run if it is too much.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        transform: Callable[[Image.Image], Any],
+        broken: BrokenImages | None = None,
+    ) -> None:
         self.split = split
         self.transform = transform
+        self.broken = BrokenImages() if broken is None else broken
 
     def __len__(self) -> int:
         return len(self.split.targets)
 
-    def __getitem__(self, key: int | tuple[int, ...]) -> tuple[Any, int] | Exception:
+    def __getitem__(self, key: int | tuple[int, ...]) -> Sample:
         index, *numbers = (key,) if isinstance(key, int) else key
-        try:
-            image = read_image(self.split.images[index])
-        except (OSError, ValueError) as error:
-            return error
+        broken: list[Broken] = []
+        for chosen in self._candidates(index, numbers):
+            image = self.split.images[chosen]
+            try:
+                read = read_image(image)
+            except (OSError, ValueError) as error:
+                broken.append(Broken(image_name(image, chosen), str(error)))
+                continue
+            if numbers:
+                _seed_cpu(*numbers, index)
+            return Sample(self.transform(read), self.split.targets[chosen], tuple(broken))
+        return Sample(None, -1, tuple(broken))
+
+    def _candidates(self, index: int, numbers: Sequence[int]) -> Iterator[int]:
+        """The image to read, and those that are tried one after another if it is broken."""
+        yield index
         if numbers:
-            _seed_cpu(*numbers, index)
-        return self.transform(image), self.split.targets[index]
+            draw = np.random.default_rng((OTHER, *numbers, index))
+            for _ in range(_ATTEMPTS):
+                yield int(draw.integers(len(self)))
 
 
 class EpochBatches(Sampler[list[tuple[int, ...]]]):
@@ -262,18 +188,37 @@ class EpochBatches(Sampler[list[tuple[int, ...]]]):
 
     The order is a function of (seed, epoch). A batch of all processes together is a run of the
     order, of which each process takes its part; images that fill no batch are left out.
+
+    With `repeats`, the order has every image that often in a row, varied each time anew, and the
+    processes take turns, so that they see different variations (as timm's `RepeatAugSampler`). An
+    epoch has as many images as without, of which fewer differ.
+
+    Args:
+        length: number of images.
+        batch_size: images per process.
+        seed: of the order.
+        process, processes: which process this is, of how many.
+        repeats: how often an image comes in an epoch that has it.
     """
 
     def __init__(
-        self, length: int, batch_size: int, seed: int, process: int = 0, processes: int = 1
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        process: int = 0,
+        processes: int = 1,
+        repeats: int = 1,
     ) -> None:
         if length < batch_size * processes:
             raise ValueError(
                 f"batch_size={batch_size} on {processes} process(es) exceeds the {length} "
                 "training images"
             )
+        if repeats < 1:
+            raise ValueError(f"repeats={repeats} is not allowed; it must be at least 1")
         self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.process, self.processes = process, processes
+        self.process, self.processes, self.repeats = process, processes, repeats
         self.epoch, self.first = 0, 0
 
     def __len__(self) -> int:
@@ -282,16 +227,30 @@ class EpochBatches(Sampler[list[tuple[int, ...]]]):
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         order = np.random.default_rng((self.seed, ORDER, self.epoch)).permutation(self.length)
         for batch in range(self.first, len(self)):
-            start = (batch * self.processes + self.process) * self.batch_size
-            part = order[start : start + self.batch_size].tolist()
-            yield [(index, self.seed, IMAGE, self.epoch) for index in part]
+            start = batch * self.processes * self.batch_size
+            if self.repeats == 1:
+                start += self.process * self.batch_size
+                part = order[start : start + self.batch_size].tolist()
+                yield [(index, self.seed, IMAGE, self.epoch) for index in part]
+            else:
+                places = start + self.process + self.processes * np.arange(self.batch_size)
+                images, variations = np.divmod(places, self.repeats)
+                keys = zip(order[images].tolist(), variations.tolist())
+                yield [(index, self.seed, IMAGE, self.epoch, number) for index, number in keys]
 
 
-def _collate(samples: list[tuple[Any, int] | Exception]) -> tuple[Tensor, Tensor] | Exception:
-    for sample in samples:
-        if isinstance(sample, Exception):
-            return sample
-    return fast_collate(samples)
+class _Batch(NamedTuple):
+    images: Tensor | None
+    targets: Tensor
+    broken: list[Broken]
+
+
+def _collate(samples: list[Sample]) -> _Batch:
+    broken = [entry for sample in samples for entry in sample.broken]
+    whole = [(sample.image, sample.target) for sample in samples if sample.image is not None]
+    if not whole:
+        return _Batch(None, torch.empty(0, dtype=torch.long), broken)
+    return _Batch(*fast_collate(whole), broken)
 
 
 def _start_worker(_: int) -> None:
@@ -321,11 +280,17 @@ def create_loader(samples: Samples, workers: int, **kwargs: Any) -> DataLoader[A
 def batches(loader: DataLoader[Any], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of `loader` on `device`.
 
+    Images that cannot be read are left to `loader.dataset.broken`. Training batches are whole all
+    the same, because others stand in for them; evaluation has smaller ones, or one less.
+
     Raises:
-        ValueError, OSError: an image cannot be read; the message names it.
+        BrokenDataError: more images than allowed cannot be read; the message names some.
     """
+    broken: BrokenImages = loader.dataset.broken  # type: ignore[attr-defined]
     for batch in loader:
-        if isinstance(batch, Exception):
-            raise batch
-        images, targets = batch
-        yield images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        broken.add(batch.broken)
+        if batch.images is not None:
+            yield (
+                batch.images.to(device, non_blocking=True),
+                batch.targets.to(device, non_blocking=True),
+            )

@@ -47,13 +47,14 @@ def create_loaders(
     config: TrainConfig, data: ImageData, inputs: InputConfig, accelerator: Accelerator
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """Loaders of the training images and of the held-out ones."""
-    samples = Samples(data.train, inputs.transform(config.augment))
+    samples = Samples(data.train, inputs.transform(config.augment), data.broken)
     order = EpochBatches(
         len(samples),
         config.batch_size,
         config.seed,
         accelerator.process_index,
         accelerator.num_processes,
+        config.augment.repeats,
     )
     loader = create_loader(samples, config.workers, batch_sampler=order)
     batch_size, workers = config.batch_size, config.workers

@@ -296,7 +296,7 @@ def test_losses_of_mixers_are_trained_with(tiny_config: TrainConfig) -> None:
         config = dataclasses.replace(tiny_config, model_kwargs=kwargs, auxiliary_loss=factor)
         run = _Run(config)
         run.model.train()
-        (images, targets), *_ = run.loader
+        (images, targets, *_), *_ = run.loader
         before = run.network.stages[0].blocks[0].mixer.router.wg.weight.clone()
         loss = run._train_step(images, targets)
         return loss, run.network.stages[0].blocks[0].mixer.router.wg.weight - before

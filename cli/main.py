@@ -19,6 +19,8 @@ COMMANDS = {
     "eval": "evaluate a checkpoint on held-out images",
     "predict": "classify image files with a checkpoint",
     "explain": "draw where a position of an image looks, and which heads matter",
+    "prune": "remove hidden units and heads from a trained model, and compare",
+    "quantize": "make a trained model compute in int8, and compare",
     "convert": "write an official checkpoint as safetensors in our names",
     "export": "write a model as a torch.export program and as ONNX, checked",
     "bench": "measure models: parameters, GFLOPs, latency, throughput, memory",

@@ -15,8 +15,9 @@
 
 A `.safetensors` file is a plain state dict in the names of the model, so timm's `checkpoint_path`
 and `vitarium.zoo.load_checkpoint` take it; its header holds the strings "model" (name in timm's
-registry) and, as JSON, "model_kwargs", "classes", "input" (`InputConfig`), "config" (YAML) and
-"metrics". The weights are the moving average where the run keeps one.
+registry) and, as JSON, "model_kwargs", "classes", "input" (`InputConfig`), "config" (YAML),
+"metrics" and, of a pruned model, "pruned" (`vitarium.zoo.pruned`). The weights are the moving
+average where the run keeps one.
 
 A `.training.pt` file is self-sufficient: it does not need the other files of its checkpoint, so
 there is no moment at which a pair of files disagrees. It is read with `weights_only=True`; neither
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 import vitarium.zoo  # noqa: F401  registers our models
 from vitarium.train.config import TrainConfig, nearest
 from vitarium.train.data import InputConfig
+from vitarium.zoo.pruned import Pruned, apply_pruned
 
 WEIGHTS = ".safetensors"
 TRAINING = ".training.pt"
@@ -87,6 +89,7 @@ class Description:
         input: size and normalisation of the input.
         config: configuration of the run.
         metrics: figures of the evaluation at saving, if there was one.
+        pruned: layers that are narrower than in the model of that name.
     """
 
     model: str
@@ -95,10 +98,11 @@ class Description:
     input: InputConfig
     config: TrainConfig
     metrics: dict[str, Any]
+    pruned: Pruned = dataclasses.field(default_factory=dict)
 
     def to_header(self) -> dict[str, str]:
         """The description as strings, as the header of a safetensors file holds them."""
-        return {
+        header = {
             "format": "pt",
             "model": self.model,
             "model_kwargs": json.dumps(self.model_kwargs),
@@ -107,6 +111,7 @@ class Description:
             "config": self.config.to_yaml(),
             "metrics": json.dumps(self.metrics),
         }
+        return header | ({"pruned": json.dumps(self.pruned)} if self.pruned else {})
 
     @classmethod
     def from_header(cls, header: Mapping[str, str], origin: Path) -> Description:
@@ -124,6 +129,7 @@ class Description:
                 input=InputConfig(**{k: _tuple(v) for k, v in values.items()}),
                 config=TrainConfig.from_yaml(header["config"], f"configuration in {origin}"),
                 metrics=json.loads(header["metrics"]),
+                pruned=json.loads(header.get("pruned", "{}")),
             )
         except KeyError as error:
             raise ValueError(
@@ -173,8 +179,9 @@ def load_model(checkpoint: Path | str) -> tuple[nn.Module, Description]:
     description = Description.from_header(header, path)
     model = build_model(description.model, len(description.classes), description.model_kwargs)
     try:
+        apply_pruned(model, description.pruned)
         model.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"checkpoint {path} does not fit its model: {reason}") from None
     return model.eval(), description

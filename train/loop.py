@@ -35,6 +35,7 @@ from vitarium.train.metrics import Evaluation
 from vitarium.train.progress import Progress
 from vitarium.train.run_page import RunFacts
 from vitarium.train.tracking import Tracker, import_wandb
+from vitarium.zoo.pruned import pruned_layers
 
 _LOG = logging.getLogger("vitarium.train")
 # The message of these alone says what happened.
@@ -319,6 +320,7 @@ class _Run:
             self.inputs,
             config,
             metrics,
+            pruned_layers(network),
         )
         scaler = self.accelerator.scaler
         state = {

@@ -87,14 +87,9 @@ def prune_model(
 
     Raises:
         ValueError: an argument is out of range, or nothing in the model can be pruned.
-        ImportError: torch-pruning is not installed.
+        ValueError: torch-pruning is not installed.
     """
-    for name, value in (("ratio", ratio), ("heads_ratio", heads_ratio)):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (number and 0 <= value < 1):
-            raise ValueError(f"{name}={value!r} must be a number of at least 0 and below 1")
-    if ratio == heads_ratio == 0:
-        raise ValueError("ratio=0 and heads_ratio=0 prune nothing; one must be above 0")
+    check_ratios(ratio, heads_ratio)
     if criterion not in CRITERIA:
         raise ValueError(f"criterion={criterion!r} is unknown; allowed are {', '.join(CRITERIA)}")
     if not isinstance(round_to, int) or round_to < 1:
@@ -121,6 +116,20 @@ def prune_model(
     heads = _prune(attentive, heads_ratio, criterion, 1, generator)
     record_pruned(model, before)
     return PruneReport(units, heads, kept)
+
+
+def check_ratios(ratio: float, heads_ratio: float) -> None:
+    """Refuse shares that nothing can be pruned by.
+
+    Raises:
+        ValueError: one is out of range, or both are 0.
+    """
+    for name, value in (("ratio", ratio), ("heads_ratio", heads_ratio)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (number and 0 <= value < 1):
+            raise ValueError(f"{name}={value!r} must be a number of at least 0 and below 1")
+    if ratio == heads_ratio == 0:
+        raise ValueError("ratio=0 and heads_ratio=0 prune nothing; one must be above 0")
 
 
 def distortion(energy: Tensor) -> Tensor:
@@ -232,9 +241,7 @@ def _inputs(
     return seen
 
 
-def _same_where_silenced(
-    silenced: nn.Module, narrow: nn.Module, inputs: _Inputs
-) -> str | None:
+def _same_where_silenced(silenced: nn.Module, narrow: nn.Module, inputs: _Inputs) -> str | None:
     """Why `narrow` does not compute what `silenced` does, or None if it does."""
     method, args, kwargs = inputs
     with torch.no_grad():
@@ -302,7 +309,7 @@ def _torch_pruning() -> Any:
     try:
         import torch_pruning
     except ImportError:
-        raise ImportError("pruning needs torch-pruning: pip install 'vitarium[compress]'") from None
+        raise ValueError("pruning needs torch-pruning: pip install 'vitarium[compress]'") from None
     return torch_pruning
 
 
@@ -311,8 +318,12 @@ def _graph(module: nn.Module, inputs: _Inputs) -> Any:
     if any(isinstance(value, Tensor) for value in kwargs.values()):
         raise ValueError("it takes tensors by name")
     with torch.enable_grad():  # the graph is read off the derivative's
-        return _torch_pruning().DependencyGraph().build_dependency(
-            module, list(args), forward_fn=lambda part, x: part(*x, **kwargs), verbose=False
+        return (
+            _torch_pruning()
+            .DependencyGraph()
+            .build_dependency(
+                module, list(args), forward_fn=lambda part, x: part(*x, **kwargs), verbose=False
+            )
         )
 
 

@@ -44,6 +44,7 @@ import vitarium.zoo  # noqa: F401  registers our models
 from vitarium.train.config import TrainConfig, nearest
 from vitarium.train.data import InputConfig
 from vitarium.zoo.pruned import Pruned, apply_pruned
+from vitarium.zoo.robust import ROBUST, make_robust
 
 WEIGHTS = ".safetensors"
 TRAINING = ".training.pt"
@@ -207,21 +208,24 @@ def find_checkpoint(checkpoint: Path | str) -> Path:
 def build_model(
     name: str, num_classes: int, model_kwargs: Mapping[str, Any], pretrained: bool = False
 ) -> nn.Module:
-    """A model of timm's registry.
+    """A model of timm's registry, made more robust where `model_kwargs` asks for it.
+
+    Beside the model's own arguments there are those of `vitarium.zoo.robust.make_robust`.
 
     Raises:
         ValueError: the name is not registered, or the model refuses an argument.
     """
     if not timm.is_model(name.partition(".")[0]):
         raise ValueError(f"model={name!r} is not registered{nearest(name, timm.list_models())}")
+    robust = {key: model_kwargs[key] for key in ROBUST if key in model_kwargs}
+    own = {key: value for key, value in model_kwargs.items() if key not in ROBUST}
     try:
-        return timm.create_model(
-            name, pretrained=pretrained, num_classes=num_classes, **model_kwargs
-        )
+        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **own)
     except TypeError as error:
         if "keyword argument" not in str(error):
             raise
         raise ValueError(f"model {name!r} refuses model_kwargs={model_kwargs}: {error}") from None
+    return make_robust(model, **robust) if robust else model
 
 
 def save_training_state(path: Path, state: Mapping[str, Any]) -> None:

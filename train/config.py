@@ -19,6 +19,17 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+# Where the tasks are; `vitarium.train.task` says what one is.
+TASKS = {
+    "classification": "vitarium.train.task:Classification",
+}
+
+
+# Where the tasks are; `vitarium.train.task` says what one is.
+TASKS = {
+    "classification": "vitarium.train.task:Classification",
+}
+
 
 class ConfigError(ValueError):
     """A configuration that no run can be started with; the message names the key."""
@@ -193,6 +204,31 @@ class SourceConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """When the state of a run is saved, besides every epoch's end and an interruption.
+
+    Args:
+        keep: newest states that are kept; resuming takes the one before a damaged one.
+        every_steps: also after so many steps; null for no such saving.
+        every_minutes: also after so many minutes; null for no such saving.
+    """
+
+    keep: int = 2
+    every_steps: int | None = None
+    every_minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        _integer("checkpoint.keep", self.keep, 1)
+        if self.every_steps is not None:
+            _integer("checkpoint.every_steps", self.every_steps, 1)
+        if self.every_minutes is not None:
+            _number("checkpoint.every_minutes", self.every_minutes)
+            _require(
+                self.every_minutes > 0, "checkpoint.every_minutes", self.every_minutes, "above 0"
+            )
+
+
+@dataclass
 class TrainConfig:
     """Everything that decides a training run, apart from where it is written.
 
@@ -203,6 +239,7 @@ class TrainConfig:
             set on disk); "torch:NAME@ROOT" (torchvision). Where there is one split, a fixed
             stratified fifth is held out.
         source: how images and labels are found there.
+        task: what is trained: "classification".
         model: name of a model in timm's registry, ours or not.
         model_kwargs: further arguments of `timm.create_model`, such as `drop_path_rate`.
         pretrained: start from the published weights.
@@ -219,6 +256,9 @@ class TrainConfig:
             and saved; null for none.
         precision: "no" (float32), "bf16" or "fp16" mixed precision.
         device: "auto" takes an accelerator if there is one.
+        distributed: with several processes, each holds the whole model ("ddp") or a part of every
+            weight ("fsdp2").
+        checkpoint: when the state of the run is saved.
         workers: processes that read images; 0 reads in the main process.
         threads: CPU threads of torch in the main process; null leaves them as they are. One is
             best for small models: more of them wait for each other.
@@ -229,6 +269,7 @@ class TrainConfig:
 
     data: str = "digits"
     source: SourceConfig = field(default_factory=SourceConfig)
+    task: str = "classification"
     model: str = "dinat_nano"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
@@ -243,12 +284,16 @@ class TrainConfig:
     ema_decay: float | None = None
     precision: Literal["no", "bf16", "fp16"] = "no"
     device: Literal["auto", "cpu"] = "auto"
+    distributed: Literal["ddp", "fsdp2"] = "ddp"
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     workers: int = 4
     threads: int | None = None
     seed: int = 0
     tracking: Literal["wandb"] | None = None
 
     def __post_init__(self) -> None:
+        allowed = f"one of {', '.join(TASKS)}{nearest(str(self.task), TASKS)}"
+        _require(self.task in TASKS, "task", self.task, allowed)
         _integer("epochs", self.epochs, 1)
         _integer("batch_size", self.batch_size, 1)
         _integer("workers", self.workers, 0)
@@ -315,6 +360,7 @@ _GROUPS = {
     "optimizer": OptimizerConfig,
     "schedule": ScheduleConfig,
     "augment": AugmentConfig,
+    "checkpoint": CheckpointConfig,
 }
 
 

@@ -21,19 +21,20 @@ import torch
 from accelerate.utils import gather_object
 from rich.console import Console
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitarium.ops import auxiliary_losses
 from vitarium.train import checkpoint as files
 from vitarium.train import setup
 from vitarium.train.config import TrainConfig
 from vitarium.train.data import STEP, EpochBatches, batches, load_data, seed_all
-from vitarium.train.evaluate import create_accelerator, score, torch_threads
+from vitarium.train.evaluate import create_accelerator, torch_threads
 from vitarium.train.images import BrokenDataError
 from vitarium.train.interrupt import Interrupted, StopRequest, stop_on_signal
 from vitarium.train.metrics import Evaluation
 from vitarium.train.progress import Progress
 from vitarium.train.run_page import RunFacts
+from vitarium.train.task import create_task
 from vitarium.train.tracking import Tracker, import_wandb
 from vitarium.zoo.pruned import pruned_layers
 
@@ -118,26 +119,20 @@ class _Run:
         self.accelerator = create_accelerator(config.device, config.precision)
         self.data = load_data(config.data, config.source)
         seed_all(config.seed)
-        classes = len(self.data.classes)
-        kwargs = config.model_kwargs
-        self.network = files.build_model(config.model, classes, kwargs, config.pretrained)
-        self.inputs = setup.input_config(self.network, config)
+        self.task = create_task(config, self.data, self.accelerator.device)
+        self.network, self.inputs = self.task.network, self.task.inputs
         self.loader, self.held_out = setup.create_loaders(
             config, self.data, self.inputs, self.accelerator
         )
         self.order: EpochBatches = self.loader.batch_sampler  # type: ignore[assignment]
         self.steps_per_epoch = len(self.order)
         self.epochs = config.epochs + config.schedule.cooldown_epochs
-        self.prepare = setup.create_batch_preparation(
-            config, classes, self.inputs, self.accelerator.device
-        )
-        self.loss_function = setup.create_loss(config)
-        self.network.to(self.accelerator.device)
-        optimizer = setup.create_optimizer(self.network, config)
+        module = self.task.module.to(self.accelerator.device)
+        optimizer = setup.create_optimizer(module, config)
         self.scheduler = setup.create_scheduler(optimizer, config, self.steps_per_epoch)
         decay = config.ema_decay
-        self.ema = ModelEmaV3(self.network, decay, use_warmup=True) if decay is not None else None
-        self.model, self.optimizer = self.accelerator.prepare(self.network, optimizer)
+        self.ema = ModelEmaV3(module, decay, use_warmup=True) if decay is not None else None
+        self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
         self.step, self.evaluated_step = 0, 0
         self.loss_sum = 0.0  # over the steps of this epoch
         self.seconds = 0.0
@@ -181,9 +176,8 @@ class _Run:
 
         while True:
             if self.step % self.steps_per_epoch == 0 and self.step > self.evaluated_step:
-                network = self.ema.module if self.ema is not None else self.network
-                evaluation = score(
-                    network, self.held_out, self.inputs, self.accelerator, stop_if_asked
+                evaluation = self.task.evaluate(
+                    self._averaged(), self.held_out, self.accelerator, stop_if_asked
                 )
                 self.data.broken.share(gather_object)
                 self._record(evaluation, progress)
@@ -198,9 +192,8 @@ class _Run:
 
     def _train_step(self, images: Tensor, targets: Tensor) -> float:
         seed_all(self.config.seed, STEP, self.step, self.accelerator.process_index)
-        images, targets = self.prepare(images, targets)
-        loss = self.loss_function(self.model(images), targets)
-        auxiliary = auxiliary_losses(self.network)
+        loss = self.task.loss(self.model, *self.task.prepare(images, targets))
+        auxiliary = auxiliary_losses(self.task.module)
         if auxiliary:
             loss = loss + self.config.auxiliary_loss * torch.stack(auxiliary).mean()
         value = loss.item()
@@ -219,7 +212,7 @@ class _Run:
         self.step += 1
         self.scheduler.step_update(self.step)
         if self.ema is not None:
-            self.ema.update(self.network, step=self.step)
+            self.ema.update(self.task.module, step=self.step)
         self.loss_sum += value
         return value
 
@@ -236,6 +229,10 @@ class _Run:
             processes=self.accelerator.num_processes,
         )
         return Tracker(facts, self.history, enabled=self.accelerator.is_main_process)
+
+    def _averaged(self) -> nn.Module:
+        """What is evaluated and saved for use: the moving average where the run keeps one."""
+        return self.ema.module if self.ema is not None else self.task.module
 
     def _epoch(self) -> int:
         """Number of the epoch that the next step belongs to, from 1."""
@@ -267,7 +264,7 @@ class _Run:
         self.tracker.epoch(record, evaluation)
 
     def _best(self) -> dict[str, Any]:
-        return max(self.history, key=lambda record: (record["correct"], -record["loss"]))
+        return max(self.history, key=self.task.rank)
 
     def _read_history(self) -> list[dict[str, Any]]:
         """The records up to the present step; later ones, of steps to be repeated, are dropped."""
@@ -311,7 +308,7 @@ class _Run:
         self.seconds = time.monotonic() - self.started
         if not self.accelerator.is_main_process:
             return
-        network = self.ema.module if self.ema is not None else self.network
+        network = self.task.network_of(self._averaged())
         config = self.config
         description = files.Description(
             config.model,
@@ -329,7 +326,7 @@ class _Run:
             "loss_sum": self.loss_sum,
             "seconds": self.seconds,
             "data": self._data_identity(),
-            "model": self.network.state_dict(),
+            "model": self.task.module.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
@@ -346,7 +343,7 @@ class _Run:
                     f"the run was trained on {state['data']}, but {self.config.data} now has "
                     f"{self._data_identity()}"
                 )
-            self.network.load_state_dict(state["model"])
+            self.task.module.load_state_dict(state["model"])
             if self.ema is not None:
                 self.ema.module.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])

@@ -159,16 +159,16 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 def test_interrupted_during_evaluation(
     whole, tiny_config: TrainConfig, tmp_path: Path, monkeypatch
 ) -> None:
-    from vitarium.train import loop
+    from vitarium.train import task
 
-    original = loop.score
+    original = task.score
 
     def score(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "score", score)
+        patch.setattr(task, "score", score)
         with pytest.raises(Interrupted):
             train(tiny_config, output=tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

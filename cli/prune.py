@@ -27,7 +27,7 @@ from vitarium.zoo.pruned import pruned_layers
 def parser() -> ArgumentParser:
     parser = ArgumentParser(
         description="Remove hidden units of feed-forward networks and heads of attention from a "
-        "trained model, and compare it with what it was. `vitarium train --checkpoint FOLDER` "
+        "trained model, and compare it with what it was. `vitarium train --initial_checkpoint FOLDER` "
         "fine-tunes the result."
     )
     add_compression_arguments(parser)

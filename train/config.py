@@ -20,14 +20,12 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 # Where the tasks are; `vitarium.train.task` says what one is.
-TASKS = {
-    "classification": "vitarium.train.task:Classification",
-}
 
 
 # Where the tasks are; `vitarium.train.task` says what one is.
 TASKS = {
     "classification": "vitarium.train.task:Classification",
+    "droppos": "vitarium.train.droppos:DropPos",
 }
 
 
@@ -229,6 +227,40 @@ class CheckpointConfig:
 
 
 @dataclass
+class DropPosConfig:
+    """Position reconstruction (arXiv 2309.03576), for the task "droppos".
+
+    Args:
+        mask_ratio: part of the patches that is not seen.
+        position_mask_ratio: part of the seen ones whose positions are dropped and asked for.
+        decoder_depth: blocks of the decoder.
+        decoder_dim: its width; the model's own if null.
+        decoder_num_heads: its heads; the model's own if null.
+        sigma: width of position smoothing at the start, in patches; it falls linearly to 0.
+        temperature: of attentive reconstruction; null weighs all patches alike.
+    """
+
+    mask_ratio: float = 0.75
+    position_mask_ratio: float = 0.75
+    decoder_depth: int = 2
+    decoder_dim: int | None = None
+    decoder_num_heads: int | None = None
+    sigma: float = 1.0
+    temperature: float | None = 0.1
+
+    def __post_init__(self) -> None:
+        _number("droppos.mask_ratio", self.mask_ratio, 0, 0.99)
+        _number("droppos.position_mask_ratio", self.position_mask_ratio, 0.01, 1)
+        _integer("droppos.decoder_depth", self.decoder_depth, 0)
+        for name in ("decoder_dim", "decoder_num_heads"):
+            if getattr(self, name) is not None:
+                _integer(f"droppos.{name}", getattr(self, name), 1)
+        _number("droppos.sigma", self.sigma)
+        if self.temperature is not None:
+            _number("droppos.temperature", self.temperature, 1e-3)
+
+
+@dataclass
 class TrainConfig:
     """Everything that decides a training run, apart from where it is written.
 
@@ -239,10 +271,13 @@ class TrainConfig:
             set on disk); "torch:NAME@ROOT" (torchvision). Where there is one split, a fixed
             stratified fifth is held out.
         source: how images and labels are found there.
-        task: what is trained: "classification".
+        task: what is trained: "classification", or "droppos" (positions of patches, without
+            labels, as pre-training).
         model: name of a model in timm's registry, ours or not.
         model_kwargs: further arguments of `timm.create_model`, such as `drop_path_rate`.
         pretrained: start from the published weights.
+        initial_checkpoint: start from these weights of a run of ours, by file or folder; layers
+            that were pruned stay so, and another number of classes gets a new classifier.
         image_size: height and width of the input in pixels; the model's own if null.
         crop_pct: part of the image's shorter side that evaluation sees; the model's own if null.
         epochs: passes over the training images.
@@ -250,6 +285,7 @@ class TrainConfig:
         optimizer: the optimizer.
         schedule: the learning rate over the run.
         augment: how training images are varied.
+        droppos: settings of the task of that name.
         auxiliary_loss: factor on the mean of the losses that mixers ask to be trained with, such as
             the load balance of chosen heads (0.01 in arXiv 2410.11842); added to the loss.
         ema_decay: decay of the moving average of the weights, which is then what is evaluated
@@ -273,6 +309,7 @@ class TrainConfig:
     model: str = "dinat_nano"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
+    initial_checkpoint: str | None = None
     image_size: int | None = None
     crop_pct: float | None = None
     epochs: int = 300
@@ -280,6 +317,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    droppos: DropPosConfig = field(default_factory=DropPosConfig)
     auxiliary_loss: float = 0.01
     ema_decay: float | None = None
     precision: Literal["no", "bf16", "fp16"] = "no"
@@ -294,6 +332,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         allowed = f"one of {', '.join(TASKS)}{nearest(str(self.task), TASKS)}"
         _require(self.task in TASKS, "task", self.task, allowed)
+        _require(
+            not (self.pretrained and self.initial_checkpoint),
+            "initial_checkpoint",
+            self.initial_checkpoint,
+            "null where pretrained is true",
+        )
         _integer("epochs", self.epochs, 1)
         _integer("batch_size", self.batch_size, 1)
         _integer("workers", self.workers, 0)
@@ -360,6 +404,7 @@ _GROUPS = {
     "optimizer": OptimizerConfig,
     "schedule": ScheduleConfig,
     "augment": AugmentConfig,
+    "droppos": DropPosConfig,
     "checkpoint": CheckpointConfig,
 }
 

@@ -7,7 +7,7 @@ smoothing, less and less as the run goes on), and patches that resemble the whol
 more (attentive reconstruction). The images' classes are not used.
 
     vitarium train --config droppos --output runs/pretraining
-    vitarium train --checkpoint runs/pretraining --model_kwargs ... --output runs/finetuned
+    vitarium train --config RECIPE --initial_checkpoint runs/pretraining --output runs/finetuned
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Answers(NamedTuple):
     Attributes:
         logits: `(B, K, N)` over the `N` positions.
         positions: `(B, K)`, where they are.
-        weights: `(B, K)`, what each counts in the loss; they add up to 1 for an image.
+        weights: `(B, K)`, what each counts in the loss, of 1 for all seen patches of an image.
     """
 
     logits: Tensor
@@ -139,8 +139,9 @@ class PositionReconstruction(nn.Module):
         logits = self.decoder_head(self.decoder_norm(decoded[:, prefix:]))
         dropped = (~told).nonzero()[:, 1].view(batch, -1)
         logits = logits.gather(1, dropped[..., None].expand(-1, -1, count))
-        weights = self._weights(patches, table).gather(1, seen).gather(1, dropped)
-        return Answers(logits, seen.gather(1, dropped), weights / weights.sum(1, keepdim=True))
+        weights = self._weights(patches, table).gather(1, seen)
+        weights = (weights / weights.sum(1, keepdim=True)).gather(1, dropped)
+        return Answers(logits, seen.gather(1, dropped), weights)
 
     def _encode(self, patches: Tensor) -> Tensor:
         """The encoder's normalised tokens, those of class and registers first."""
@@ -215,10 +216,10 @@ def smoothed_targets(positions: Tensor, grid_size: tuple[int, int], sigma: float
 
 
 def position_loss(answers: Answers, grid_size: tuple[int, int], sigma: float) -> Tensor:
-    """Cross-entropy with the smoothed positions, weighted within an image, mean over images."""
+    """Cross-entropy with the smoothed positions, a weighted mean over the batch; a scalar."""
     targets = smoothed_targets(answers.positions, grid_size, sigma)
     losses = -(targets * answers.logits.float().log_softmax(-1)).sum(-1)
-    return (losses * answers.weights).sum(1).mean()
+    return (losses * answers.weights).sum() / answers.weights.sum()
 
 
 class DropPos(Task):
@@ -255,8 +256,7 @@ class DropPos(Task):
         self._prepare = create_batch_preparation(config, len(data.classes), self.inputs, device)
         # The classifier is not trained; without gradient no optimizer touches it.
         self.network.get_classifier().requires_grad_(False)
-        for part in (self.network.fc_norm,):
-            part.requires_grad_(False)
+        self.network.fc_norm.requires_grad_(False)
 
     def network_of(self, module: Any) -> nn.Module:
         return module.network

@@ -192,6 +192,7 @@ class _Run:
 
     def _train_step(self, images: Tensor, targets: Tensor) -> float:
         seed_all(self.config.seed, STEP, self.step, self.accelerator.process_index)
+        self.task.progress = self.step / (self.epochs * self.steps_per_epoch)
         loss = self.task.loss(self.model, *self.task.prepare(images, targets))
         auxiliary = auxiliary_losses(self.task.module)
         if auxiliary:
@@ -261,7 +262,7 @@ class _Run:
         self.save("last", record)
         if self._best() is record:
             self.save("best", record)
-        self.tracker.epoch(record, evaluation)
+        self.tracker.epoch(record, evaluation if self.task.of_classes else None)
 
     def _best(self) -> dict[str, Any]:
         return max(self.history, key=self.task.rank)

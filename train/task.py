@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vitarium.train import setup
-from vitarium.train.checkpoint import build_model
 from vitarium.train.config import TASKS, TrainConfig
 from vitarium.train.data import ImageData, InputConfig
 from vitarium.train.evaluate import score
+from vitarium.train.initial import initial_network
 from vitarium.train.metrics import Evaluation
 
 
@@ -36,7 +36,12 @@ class Task:
             are about: `network`, or a module that has it beside further ones with parameters.
             Its forward pass is what `loss` is given, and all that may use parameters.
         inputs: size and normalisation of the images.
+        of_classes: whether the evaluation is of the images' classes.
+        progress: part of all steps that is done; the loop sets it before every step.
     """
+
+    of_classes = True
+    progress = 0.0
 
     network: nn.Module
     module: nn.Module
@@ -45,8 +50,7 @@ class Task:
     def __init__(self, config: TrainConfig, data: ImageData, device: torch.device) -> None:
         self.config = config
         self.device = device
-        classes = len(data.classes)
-        self.network = build_model(config.model, classes, config.model_kwargs, config.pretrained)
+        self.network = initial_network(config, len(data.classes))
         self.inputs = setup.input_config(self.network, config)
         self.module = self.network
 

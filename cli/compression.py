@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import json
 from argparse import ArgumentError
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitarium.benchmarks.compression import comparison_rows, latencies
 from vitarium.train import environment
@@ -82,28 +82,37 @@ def example(loaded: LoadedModel, batch: int) -> Tensor:
     return torch.randn(batch, 3, *loaded.inputs.image_size, generator=generator)
 
 
-def compare(
-    config: Namespace, loaded: LoadedModel, models: Mapping[str, Callable[[Tensor], Tensor]]
-) -> list[dict[str, Any]]:
-    """Accuracy, loss and latency of models, the original first; on the CPU."""
-    figures = []
-    for model in models.values():
-        (result,) = evaluate_suite(
-            dataclasses.replace(loaded, model=model),
-            None if config.data is None else [config.data],
-            batch_size=config.batch_size,
-            workers=config.workers,
-            device="cpu",
-            precision="no",
-        )
-        found = result.evaluation
-        figures.append({"accuracy": found.accuracy, "loss": found.loss, "images": found.total})
-    images = example(loaded, config.latency_batch_size)
+def figures_of(config: Namespace, loaded: LoadedModel, model: nn.Module) -> dict[str, Any]:
+    """Accuracy and loss of a model in the place of the loaded one, on the CPU.
+
+    Raises:
+        ValueError, FileNotFoundError: the images cannot be used.
+    """
+    (result,) = evaluate_suite(
+        dataclasses.replace(loaded, model=model),
+        None if config.data is None else [config.data],
+        batch_size=config.batch_size,
+        workers=config.workers,
+        device="cpu",
+        precision="no",
+    )
+    found = result.evaluation
+    return {"accuracy": found.accuracy, "loss": found.loss, "images": found.total}
+
+
+def add_latencies(
+    config: Namespace,
+    loaded: LoadedModel,
+    models: Sequence[nn.Module],
+    figures: Sequence[dict[str, Any]],
+) -> None:
+    """Add the latencies of models, the original first, to the figures of each."""
     assert loaded.config is not None
-    timed = latencies(models, images, threads=loaded.config.threads)
+    images = example(loaded, config.latency_batch_size)
+    by_place = {str(place): model for place, model in enumerate(models)}
+    timed = latencies(by_place, images, threads=loaded.config.threads)
     for entry, latency in zip(figures, timed.values()):
         entry["latency_ms"], entry["cpu_time"] = latency.milliseconds, latency.relative
-    return figures
 
 
 def print_comparison(

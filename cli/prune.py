@@ -12,10 +12,11 @@ from rich.console import Console
 from vitarium.benchmarks import flops
 from vitarium.cli.compression import (
     add_compression_arguments,
+    add_latencies,
     checkpoint_of,
     claim_files,
-    compare,
     example,
+    figures_of,
     print_comparison,
     write_report,
 )
@@ -27,8 +28,8 @@ from vitarium.zoo.pruned import pruned_layers
 def parser() -> ArgumentParser:
     parser = ArgumentParser(
         description="Remove hidden units of feed-forward networks and heads of attention from a "
-        "trained model, and compare it with what it was. `vitarium train --initial_checkpoint FOLDER` "
-        "fine-tunes the result."
+        "trained model, and compare it with what it was. "
+        "`vitarium train --initial_checkpoint FOLDER` fine-tunes the result."
     )
     add_compression_arguments(parser)
     parser.add_argument(
@@ -59,6 +60,7 @@ def run(config: Namespace) -> None:
         raise ArgumentError(None, str(error)) from None
     loaded = checkpoint_of(config)
     folder = claim_files(config.output, f"last{WEIGHTS}", "pruning.json")
+    before = figures_of(config, loaded, loaded.model)
     images = example(loaded, 2)
     pruned, description = load_model(loaded.path)
     report = prune_model(
@@ -76,7 +78,8 @@ def run(config: Namespace) -> None:
     path = folder / f"last{WEIGHTS}"
     save_weights(path, pruned, description)
     pruned, _ = load_model(path)  # what is measured is what was written
-    before, after = compare(config, loaded, {"before": loaded.model, "after": pruned})
+    after = figures_of(config, loaded, pruned)
+    add_latencies(config, loaded, (loaded.model, pruned), (before, after))
     for figures, model in ((before, loaded.model), (after, pruned)):
         size = loaded.inputs.image_size
         figures["multiply-adds"] = flops.count(model, size[0] if size[0] == size[1] else None).macs

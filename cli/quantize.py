@@ -13,9 +13,10 @@ from torch import Tensor
 
 from vitarium.cli.compression import (
     add_compression_arguments,
+    add_latencies,
     checkpoint_of,
     claim_files,
-    compare,
+    figures_of,
     print_comparison,
     write_report,
 )
@@ -51,13 +52,15 @@ def parser() -> ArgumentParser:
 def run(config: Namespace) -> None:
     loaded = checkpoint_of(config)
     folder = claim_files(config.output, "model.pt2", "quantization.json")
+    before = figures_of(config, loaded, loaded.model)
     images = _calibration(config, loaded) if config.mode == "static" else ()
     export = quantize_model(loaded.model, config.mode, loaded.inputs.image_size, images)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.pt2"
     write_atomic(path, lambda temporary: export.write(temporary, "torch", _TOLERANCE))
     int8 = Program(path)
-    before, after = compare(config, loaded, {"before": loaded.model, "after": int8})
+    after = figures_of(config, loaded, int8)
+    add_latencies(config, loaded, (loaded.model, int8), (before, after))
     before["bytes"], after["bytes"] = tensor_bytes(loaded.model), tensor_bytes(int8.program)
     console = Console()
     print_comparison(console, f"{loaded.name} in int8, {config.mode}", before, after)

@@ -174,16 +174,6 @@ def load_model(checkpoint: Path | str) -> tuple[nn.Module, Description]:
         FileNotFoundError: there is no such checkpoint.
         ValueError: the file is damaged, or not one of ours, or does not fit the model it names.
     """
-    description, tensors, path = read_weights(checkpoint)
-    return load_described(description, tensors, path, description.model_kwargs).eval(), description
-
-
-def read_weights(checkpoint: Path | str) -> tuple[Description, dict[str, Tensor], Path]:
-    """What a weights file says about its model, its tensors, and the file itself.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_model`.
-    """
     path = find_checkpoint(checkpoint)
     try:
         with safe_open(path, "pt") as file:
@@ -191,32 +181,33 @@ def read_weights(checkpoint: Path | str) -> tuple[Description, dict[str, Tensor]
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"checkpoint {path} cannot be read: {error}") from None
-    return Description.from_header(header, path), tensors, path
-
-
-def load_described(
-    description: Description,
-    tensors: Mapping[str, Tensor],
-    path: Path,
-    model_kwargs: Mapping[str, Any],
-) -> nn.Module:
-    """The model that a description is of, with weights, in training mode on the CPU.
-
-    Args:
-        description, tensors, path: what `read_weights` returns.
-        model_kwargs: in place of the description's.
-
-    Raises:
-        ValueError: the weights do not fit.
-    """
-    model = build_model(description.model, len(description.classes), model_kwargs)
+    description = Description.from_header(header, path)
+    model = build_model(description.model, len(description.classes), description.model_kwargs)
     try:
         apply_pruned(model, description.pruned)
         model.load_state_dict(tensors)
     except (RuntimeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"checkpoint {path} does not fit its model: {reason}") from None
-    return model
+    return model.eval(), description
+
+
+def pruned_of(checkpoint: Path | str) -> Pruned:
+    """What is pruned in the model of a weights file; nothing, for any other kind of file.
+
+    Raises:
+        ValueError: the header is malformed.
+    """
+    path = Path(checkpoint)
+    if path.suffix != WEIGHTS or not path.is_file():
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get("pruned", "{}"))
+    except (SafetensorError, OSError):
+        return {}  # whoever loads it says what is wrong
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} has a malformed header: {error}") from None
 
 
 def find_checkpoint(checkpoint: Path | str) -> Path:

@@ -26,10 +26,10 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vitarium.train.config import ConfigError, DropPosConfig, TrainConfig
+from vitarium.train.config import ConfigError, TrainConfig
 from vitarium.train.data import ImageData, batches
 from vitarium.train.metrics import Evaluation, Predictions
-from vitarium.train.setup import create_batch_preparation
+from vitarium.train.setup import BatchPreparation
 from vitarium.train.task import Task
 from vitarium.zoo.deit import DeiT
 
@@ -229,11 +229,13 @@ class DropPos(Task):
 
     def __init__(self, config: TrainConfig, data: ImageData, device: torch.device) -> None:
         super().__init__(config, data, device)
-        options: DropPosConfig = config.droppos
+        options = config.droppos
         if config.augment.mixup or config.augment.cutmix:
             raise ConfigError(
                 "task='droppos' has no use for augment.mixup and augment.cutmix; set both to 0"
             )
+        if set(self.sizes) != {self.inputs.image_size[0]}:
+            raise ConfigError("task='droppos' has images of one size; progressive must be off")
         try:
             self.module: Any = PositionReconstruction(
                 self.network,
@@ -253,10 +255,14 @@ class DropPos(Task):
                 "task='droppos' set model_kwargs.img_size to it"
             )
         self.grid_size = self.module.grid_size
-        self._prepare = create_batch_preparation(config, len(data.classes), self.inputs, device)
+        self._prepare = BatchPreparation(config, len(data.classes), self.inputs, device)
         # The classifier is not trained; without gradient no optimizer touches it.
         self.network.get_classifier().requires_grad_(False)
         self.network.fc_norm.requires_grad_(False)
+
+    def start_epoch(self, epoch: int) -> None:
+        super().start_epoch(epoch)
+        self._prepare.start_epoch(epoch, self.sizes[epoch])
 
     def network_of(self, module: Any) -> nn.Module:
         return module.network

@@ -12,6 +12,7 @@ import logging
 import math
 import platform
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,11 +126,14 @@ class _Run:
             config, self.data, self.inputs, self.accelerator
         )
         self.order: EpochBatches = self.loader.batch_sampler  # type: ignore[assignment]
-        self.steps_per_epoch = len(self.order)
+        self.accumulate = config.accumulate_steps
+        self.steps_per_epoch = setup.steps_per_epoch(config, len(self.order))
         self.epochs = config.epochs + config.schedule.cooldown_epochs
         module = self.task.module.to(self.accelerator.device)
         optimizer = setup.create_optimizer(module, config)
         self.scheduler = setup.create_scheduler(optimizer, config, self.steps_per_epoch)
+        if config.compile:
+            module.compile()  # in place: the names of the state dict stay as they are
         decay = config.ema_decay
         self.ema = ModelEmaV3(module, decay, use_warmup=True) if decay is not None else None
         self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
@@ -183,27 +187,30 @@ class _Run:
                 self._record(evaluation, progress)
             if self.step == self.epochs * self.steps_per_epoch:
                 return
-            self.order.epoch, self.order.first = divmod(self.step, self.steps_per_epoch)
+            self.order.epoch, within = divmod(self.step, self.steps_per_epoch)
+            self.order.first = within * self.accumulate
             self.model.train()
-            for images, targets in batches(self.loader, self.accelerator.device):
+            self.task.start_epoch(self.order.epoch)
+            parts: list[tuple[Tensor, Tensor]] = []
+            for part in batches(self.loader, self.accelerator.device):
                 stop_if_asked()
-                loss = self._train_step(images, targets)
-                progress.step(self.step, loss)
+                parts.append(part)
+                if len(parts) == self.accumulate:
+                    whole = part if self.accumulate == 1 else map(torch.cat, zip(*parts))
+                    loss = self._train_step(*whole)
+                    progress.step(self.step, loss)
+                    parts = []
 
     def _train_step(self, images: Tensor, targets: Tensor) -> float:
-        seed_all(self.config.seed, STEP, self.step, self.accelerator.process_index)
+        """One step of the optimizer, with one forward and backward pass for every part."""
+        value = 0.0
         self.task.progress = self.step / (self.epochs * self.steps_per_epoch)
-        loss = self.task.loss(self.model, *self.task.prepare(images, targets))
-        auxiliary = auxiliary_losses(self.task.module)
-        if auxiliary:
-            loss = loss + self.config.auxiliary_loss * torch.stack(auxiliary).mean()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the loss is {value} at step {self.step} (epoch {self._epoch()}); a lower "
-                "optimizer.lr, optimizer.clip_grad or precision 'no' may help"
-            )
-        self.accelerator.backward(loss)
+        parts = zip(images.chunk(self.accumulate), targets.chunk(self.accumulate))
+        for number, part in enumerate(parts, self.step * self.accumulate):
+            seed_all(self.config.seed, STEP, number, self.accelerator.process_index)
+            last = (number + 1) % self.accumulate == 0
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                value += self._add_gradients(*part)
         if self.config.optimizer.clip_grad is not None:
             self.accelerator.clip_grad_norm_(
                 self.model.parameters(), self.config.optimizer.clip_grad
@@ -211,10 +218,26 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        self.scheduler.step_update(self.step)
+        setup.set_learning_rate(self.scheduler, self.step, self.steps_per_epoch)
         if self.ema is not None:
             self.ema.update(self.task.module, step=self.step)
         self.loss_sum += value
+        return value
+
+    def _add_gradients(self, images: Tensor, targets: Tensor) -> float:
+        """Add those of one part of a step's images; its share of the mean loss."""
+        loss = self.task.loss(self.model, *self.task.prepare(images, targets))
+        auxiliary = auxiliary_losses(self.task.module)
+        if auxiliary:
+            loss = loss + self.config.auxiliary_loss * torch.stack(auxiliary).mean()
+        loss = loss / self.accumulate
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the loss is {value} at step {self.step} (epoch {self._epoch()}); a lower "
+                "optimizer.lr, optimizer.clip_grad or precision 'no' may help"
+            )
+        self.accelerator.backward(loss)
         return value
 
     # --- records ---------------------------------------------------------------------------------
@@ -355,7 +378,7 @@ class _Run:
         except (KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"training state {path} does not fit the run: {reason}") from None
-        self.scheduler.step_update(self.step)
+        setup.set_learning_rate(self.scheduler, self.step, self.steps_per_epoch)
 
     def _data_identity(self) -> dict[str, Any]:
         return {"train_images": len(self.data.train.targets), "classes": self.data.classes}

@@ -19,8 +19,8 @@ from vitarium.train import setup
 from vitarium.train.config import TASKS, TrainConfig
 from vitarium.train.data import ImageData, InputConfig
 from vitarium.train.evaluate import score
-from vitarium.train.initial import initial_network
 from vitarium.train.metrics import Evaluation
+from vitarium.train.start import check_sizes, create_network, freeze
 
 
 class Task:
@@ -38,6 +38,8 @@ class Task:
         inputs: size and normalisation of the images.
         of_classes: whether the evaluation is of the images' classes.
         progress: part of all steps that is done; the loop sets it before every step.
+        frozen: parts of `network` that are not trained.
+        sizes: height and width of the training images, for every epoch.
     """
 
     of_classes = True
@@ -50,13 +52,27 @@ class Task:
     def __init__(self, config: TrainConfig, data: ImageData, device: torch.device) -> None:
         self.config = config
         self.device = device
-        self.network = initial_network(config, len(data.classes))
+        self.network = create_network(config, len(data.classes))
         self.inputs = setup.input_config(self.network, config)
         self.module = self.network
+        self.frozen = freeze(self.network, config.freeze)
+        size = self.inputs.image_size[0]
+        epochs = config.epochs + config.schedule.cooldown_epochs
+        self.sizes = config.progressive.sizes(size, epochs)
+        if set(self.sizes) != {size}:
+            check_sizes(self.network, config.model, set(self.sizes))
 
     def network_of(self, module: nn.Module) -> nn.Module:
         """The model within `module`, which is `self.module` or a moving average of it."""
         return module
+
+    def start_epoch(self, epoch: int) -> None:
+        """Before the first step of an epoch (from 0), or the first after resuming.
+
+        `module` has just been put in training mode: what is frozen goes back.
+        """
+        for module in self.frozen:
+            module.eval()
 
     def prepare(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """From a batch as loaded, uint8 `(B, 3, H, W)` and `(B,)`, to what `loss` takes."""
@@ -91,10 +107,12 @@ class Classification(Task):
 
     def __init__(self, config: TrainConfig, data: ImageData, device: torch.device) -> None:
         super().__init__(config, data, device)
-        self._prepare = setup.create_batch_preparation(
-            config, len(data.classes), self.inputs, device
-        )
+        self._prepare = setup.BatchPreparation(config, len(data.classes), self.inputs, device)
         self.criterion = setup.create_loss(config)
+
+    def start_epoch(self, epoch: int) -> None:
+        super().start_epoch(epoch)
+        self._prepare.start_epoch(epoch, self.sizes[epoch])
 
     def prepare(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return self._prepare(images, targets)

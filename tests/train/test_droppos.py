@@ -126,9 +126,9 @@ def test_positions_are_learnt_and_weights_go_on(tmp_path) -> None:
     assert result.last["accuracy"] > 2 / 16  # chance is 1 in 16
     config = pretraining(task="classification", epochs=1, initial_checkpoint=str(result.folder))
     start, _ = load_model(result.folder)
-    from vitarium.train.initial import initial_network
+    from vitarium.train.start import create_network
 
-    network = initial_network(config, 10)
+    network = create_network(config, 10)
     assert torch.equal(network.blocks[0].attn.qkv.weight, start.blocks[0].attn.qkv.weight)
     assert all(p.requires_grad for p in network.parameters())
 

@@ -39,6 +39,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "moh": {**SHALLOW, "embed_dim": 24, "heads": [HEADS] * 4, "img_size": PIXELS},
     "nat": {**SHALLOW, "embed_dim": 32, "kernel_size": 3},
     "transnext": {**SHALLOW, "embed_dim": 24, "img_size": PIXELS},
+    "vit": {"embed_dim": 48, "depth": 2, "num_heads": 2, "img_size": PIXELS},
 }
 NAMES = [name for name in recipe_names() if name not in ("digits", "testbed")]
 

@@ -20,7 +20,7 @@ from vitarium.train.setup import create_optimizer
 
 PIXELS = 64
 SHALLOW = {"depths": (1, 1, 1, 1)}
-HEADS = {"shared_head": 0, "routed_head": 1}
+HEADS = {"shared_head": (1, 2, 1, 2), "routed_head": (0, 0, 1, 2)}
 # What makes the recipes' own models small: one block per stage, narrow, for few pixels.
 SMALL: dict[str, dict[str, Any]] = {
     "agent_cswin": {**SHALLOW, "embed_dim": 16, "img_size": PIXELS, "split_size": (1, 2, 2, 2)},
@@ -36,7 +36,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "inline_pvt": {**SHALLOW, "embed_dims": (8, 16, 40, 64), "img_size": PIXELS},
     "inline_swin": {**SHALLOW, "replaced": (1, 1, 1, 0), "embed_dim": 32, "img_size": PIXELS},
     "litv2": {**SHALLOW, "embed_dim": 32},
-    "moh": {**SHALLOW, "embed_dim": 24, "heads": [HEADS] * 4, "img_size": PIXELS},
+    "moh": {**SHALLOW, "embed_dim": 24, **HEADS, "img_size": PIXELS},
     "nat": {**SHALLOW, "embed_dim": 32, "kernel_size": 3},
     "transnext": {**SHALLOW, "embed_dim": 24, "img_size": PIXELS},
     "vit": {"embed_dim": 48, "depth": 2, "num_heads": 2, "img_size": PIXELS},

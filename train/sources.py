@@ -141,8 +141,8 @@ def load_data(source: str, options: SourceConfig | None = None) -> ImageData:
     """
     options = options or SourceConfig()
     splits = find_splits(source, options)
-    name = _choose(source, splits, "train_split", options.train_split, TRAIN_NAMES)
-    held_out_name = _choose(source, splits, "val_split", options.val_split, VAL_NAMES)
+    name = choose_split(source, splits, "train_split", options.train_split, TRAIN_NAMES)
+    held_out_name = choose_split(source, splits, "val_split", options.val_split, VAL_NAMES)
     if name is None:
         if len(splits) > 1:
             raise ValueError(
@@ -160,7 +160,9 @@ def load_data(source: str, options: SourceConfig | None = None) -> ImageData:
     train = _with_class_map(source, _checked(source, splits[name]()), options)
     if options.val_data is not None:
         other = find_splits(options.val_data, options)
-        other_name = _choose(options.val_data, other, "val_split", options.val_split, VAL_NAMES)
+        other_name = choose_split(
+            options.val_data, other, "val_split", options.val_split, VAL_NAMES
+        )
         if other_name is None:
             if len(other) > 1:
                 raise ValueError(
@@ -204,7 +206,7 @@ def existing_path(scheme: str, argument: str) -> Path:
     return path
 
 
-def _choose(
+def choose_split(
     source: str, splits: Splits, key: str, wanted: str | None, names: Sequence[str]
 ) -> str | None:
     """The split to take: the wanted one, else the first of `names` that exists."""

@@ -8,6 +8,8 @@ import os
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -222,6 +224,21 @@ def test_processes_share_what_they_found(tmp_path: Path) -> None:
     assert [line for line in lines if '"c"' in line] == [lines[-1]] and len(after) == 3
     with pytest.raises(BrokenDataError):
         after.share(lambda found: [*found, ("d", "image d cannot be read")])
+
+
+def test_an_error_ends_the_program_and_its_workers(tmp_path: Path) -> None:
+    """Workers ignore the SIGTERM of a cluster, but not that of their program's end."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch\n"
+        "from vitarium.train.data import Samples, batches, create_loader, load_data\n"
+        "loader = create_loader(Samples(load_data('digits').train, len), 1, batch_size=8)\n"
+        "for _ in batches(loader, torch.device('cpu')):\n"
+        "    pass\n"
+    )
+    command = [sys.executable, str(script)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 1 and "TypeError" in process.stderr
 
 
 # --- evaluation ----------------------------------------------------------------------------------

@@ -108,7 +108,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The images as Hugging Face data sets on disk."""
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     root = tmp_path_factory.mktemp("tables")
     datasets.config.HF_DATASETS_CACHE = root / "cache"
     features = datasets.Features(

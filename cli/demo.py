@@ -13,13 +13,21 @@ from rich.console import Console
 from vitarium.benchmarks import bench_models, print_table
 from vitarium.cli.predict import prediction_table
 from vitarium.cli.train import print_result
-from vitarium.train import ConfigError, Interrupted, TrainConfig, evaluate, load_model, train
+from vitarium.train import (
+    ConfigError,
+    Interrupted,
+    TrainConfig,
+    evaluate_suite,
+    load_model,
+    load_weights,
+    train,
+)
 from vitarium.train.checkpoint import claim_folder
 from vitarium.train.config import find_recipe
 from vitarium.train.data import load_data, read_image
-from vitarium.train.evaluate import record_evaluation
 from vitarium.train.plots import attention_picture
 from vitarium.train.predict import predict
+from vitarium.train.suite import record_evaluation
 
 SAMPLES = 6  # held-out digits to predict and to draw
 PEER = "resnet10t"  # a small convolutional network of timm to measure beside ours
@@ -58,13 +66,14 @@ def run(config: Namespace) -> int:
     print_result(result, console)
 
     console.rule("eval")
-    evaluation = evaluate(folder)
+    (evaluated,) = evaluate_suite(load_weights(folder))
+    evaluation = evaluated.evaluation
     console.print(
         f"best checkpoint: {evaluation.correct} of {evaluation.total} held-out digits, "
         f"{evaluation.accuracy:.2%}",
         highlight=False,
     )
-    record_evaluation(folder, recipe.data, evaluation)
+    record_evaluation(evaluated)
 
     console.rule("predict")
     held_out = load_data(recipe.data).held_out

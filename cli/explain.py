@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from vitarium.cli.weights import add_weight_arguments, load_weights
+from vitarium.cli.weights import add_weight_arguments, weights_of
 from vitarium.train.data import InputConfig, read_image
 from vitarium.train.explain import HeadImportance, head_importance
 from vitarium.train.plots import explain_picture, head_importance_picture, most_contrast
@@ -49,7 +49,8 @@ def run(config: Namespace) -> None:
     if not output.parent.is_dir():
         raise ValueError(f"output={str(output)!r}: there is no folder {str(output.parent)!r}")
     images = [read_image(Path(path)) for path in config.images]
-    model, inputs, classes = load_weights(config)
+    loaded = weights_of(config)
+    model, inputs, classes = loaded.model, loaded.inputs, loaded.classes
     transform = inputs.transform()
     pixels = torch.stack([torch.as_tensor(transform(image)) for image in images])
     if config.position is None:

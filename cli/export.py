@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 
-from vitarium.cli.weights import add_weight_arguments, load_weights
+from vitarium.cli.weights import add_weight_arguments, weights_of
 from vitarium.train.checkpoint import write_atomic
 from vitarium.zoo.export import SUFFIXES, Export, ExportReport, trace
 
@@ -56,7 +56,8 @@ def run(config: Namespace) -> None:
             raise ValueError(f"output={str(path)!r}: there is no folder {str(path.parent)!r}")
         if path.exists() and not config.overwrite:
             raise ValueError(f"{path} exists; --overwrite true replaces it")
-    model, inputs, _ = load_weights(config)
+    loaded = weights_of(config)
+    model, inputs = loaded.model, loaded.inputs
     height, width = config.image_size or inputs.image_size
     export = trace(
         model,

@@ -3,6 +3,9 @@
     RUN/config.yaml           the resolved configuration; `--config RUN/config.yaml` repeats the run
     RUN/metrics.jsonl         one record per epoch
     RUN/curves.png            the same as a picture
+    RUN/tensorboard/          the same for TensorBoard
+    RUN/report.html           all about the run on one page
+    RUN/README.md             the model card
     RUN/train.log             what happened, with versions
     RUN/last.safetensors      weights for use, after the last epoch or at an interruption
     RUN/best.safetensors      weights for use, of the epoch that did best on the held-out images

@@ -223,6 +223,8 @@ class TrainConfig:
         threads: CPU threads of torch in the main process; null leaves them as they are. One is
             best for small models: more of them wait for each other.
         seed: of everything random.
+        tracking: "wandb" sends the figures to Weights & Biases too, with its own settings
+            (WANDB_PROJECT, WANDB_MODE, ...).
     """
 
     data: str = "digits"
@@ -244,6 +246,7 @@ class TrainConfig:
     workers: int = 4
     threads: int | None = None
     seed: int = 0
+    tracking: Literal["wandb"] | None = None
 
     def __post_init__(self) -> None:
         _integer("epochs", self.epochs, 1)

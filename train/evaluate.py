@@ -1,50 +1,24 @@
-"""Accuracy on held-out images, during training and of a saved checkpoint: the same code."""
+"""Answers of a model on held-out images, during training and of saved weights: the same code."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from vitarium.train.checkpoint import find_checkpoint, load_model
-from vitarium.train.data import ImageData, InputConfig, Samples, batches, create_loader, load_data
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Figures of one pass over the held-out images.
-
-    Args:
-        correct: images whose most probable class is theirs.
-        total: images seen, which are those that can be read.
-        loss: mean cross-entropy in nats.
-        broken: images that cannot be read; they are in none of the other figures.
-    """
-
-    correct: int
-    total: int
-    loss: float
-    broken: int = 0
-
-    @property
-    def accuracy(self) -> float:
-        """Top-1 accuracy, from 0 to 1."""
-        return self.correct / self.total
-
-    def to_record(self) -> dict[str, Any]:
-        """The figures by name, as they are written to files."""
-        return {**dataclasses.asdict(self), "accuracy": self.accuracy}
+from vitarium.train.data import ImageData, InputConfig, Samples, Split, batches, create_loader
+from vitarium.train.images import BrokenImages
+from vitarium.train.metrics import Evaluation, Predictions
 
 
 def create_accelerator(device: str, precision: str) -> Accelerator:
@@ -68,11 +42,36 @@ def torch_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+class NumberedSamples(Samples):
+    """Transformed images, each with its place in the data set instead of its class.
+
+    So every answer is known to belong to an image, however images are shared out and read.
+    """
+
+    def __init__(
+        self, split: Split, transform: Callable[[Image.Image], Any], broken: BrokenImages
+    ) -> None:
+        super().__init__(Split(split.images, range(len(split.targets))), transform, broken)
+        self.targets = np.asarray(split.targets, dtype=np.int64)
+
+
 def held_out_loader(
     data: ImageData, inputs: InputConfig, batch_size: int, workers: int, accelerator: Accelerator
 ) -> DataLoader[Any]:
     """The held-out images in batches; over all processes, each image is in exactly one."""
-    samples = Samples(data.held_out, inputs.transform(), data.broken)
+    return numbered_loader(data.held_out, data.broken, inputs, batch_size, workers, accelerator)
+
+
+def numbered_loader(
+    split: Split,
+    broken: BrokenImages,
+    inputs: InputConfig,
+    batch_size: int,
+    workers: int,
+    accelerator: Accelerator,
+) -> DataLoader[Any]:
+    """The images of `split` in batches; over all processes, each image is in exactly one."""
+    samples = NumberedSamples(split, inputs.transform(), broken)
     part = range(accelerator.process_index, len(samples), accelerator.num_processes)
     return create_loader(samples, workers, batch_size=batch_size, sampler=part)
 
@@ -84,8 +83,9 @@ def score(
     inputs: InputConfig,
     accelerator: Accelerator,
     before_batch: Callable[[], None] = lambda: None,
+    columns: Sequence[int] | None = None,
 ) -> Evaluation:
-    """Evaluate `model` on `loader`, which `held_out_loader` made.
+    """Evaluate `model` on `loader`, which `held_out_loader` or `numbered_loader` made.
 
     Args:
         model: on the accelerator's device; it is left in evaluation mode.
@@ -93,71 +93,38 @@ def score(
         inputs: how the model takes them.
         accelerator: device, precision and processes.
         before_batch: called before every batch; may raise to stop.
+        columns: which of the logits are those of the classes of `loader`; None for all.
+
+    Returns:
+        The same in every process, and whatever their number.
 
     Raises:
         BrokenDataError: more images than `source.max_broken` allows cannot be read.
+        ValueError: there is none that can be read.
     """
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)  # correct, total, loss, this process's share
-    sums[3] = len(loader.sampler)  # type: ignore[arg-type]
-    for images, targets in batches(loader, accelerator.device):
+    targets = loader.dataset.targets  # type: ignore[attr-defined]
+    chosen = None if columns is None else torch.tensor(columns, device=accelerator.device)
+    parts: list[Predictions] = []
+    num_classes, times = 0, list[tuple[int, float]]()
+    for images, places in batches(loader, accelerator.device):
         before_batch()
+        start = time.perf_counter()
         with accelerator.autocast():
             logits = model(inputs.normalize(images))
-        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-        correct = (logits.argmax(-1) == targets).sum()
-        sums[:3] += torch.tensor([correct.item(), len(targets), loss.item()], dtype=torch.float64)
-    if accelerator.num_processes > 1:
-        sums = accelerator.reduce(sums.float().to(accelerator.device), "sum").double().cpu()
-    correct, total, loss, share = sums.tolist()
-    if total == 0:
-        raise ValueError(f"none of the {int(share)} held-out images can be read")
-    return Evaluation(int(correct), int(total), loss / total, broken=int(share - total))
-
-
-def evaluate(
-    checkpoint: Path | str,
-    *,
-    data: str | None = None,
-    batch_size: int | None = None,
-    workers: int | None = None,
-    device: str | None = None,
-) -> Evaluation:
-    """Evaluate a checkpoint on held-out images, by default those of its own training run.
-
-    Args:
-        checkpoint: a `.safetensors` file that training wrote, or a run's folder (its best one).
-        data, batch_size, workers, device: as in `TrainConfig`; those of the run if None.
-
-    Raises:
-        FileNotFoundError: the checkpoint or the data are missing.
-        ValueError: the checkpoint or the data are unusable, or their classes differ.
-    """
-    model, description = load_model(checkpoint)
-    config = description.config
-    images = load_data(config.data, config.source) if data is None else load_data(data)
-    if images.classes != description.classes:
-        raise ValueError(
-            f"the data have the classes {', '.join(images.classes)}, but the checkpoint "
-            f"{checkpoint} was trained on {', '.join(description.classes)}"
-        )
-    accelerator = create_accelerator(device or config.device, config.precision)
-    loader = held_out_loader(
-        images,
-        description.input,
-        batch_size or config.batch_size,
-        config.workers if workers is None else workers,
-        accelerator,
-    )
-    with torch_threads(config.threads):
-        return score(model.to(accelerator.device), loader, description.input, accelerator)
-
-
-def record_evaluation(checkpoint: Path | str, data: str | None, evaluation: Evaluation) -> Path:
-    """Append the figures to `evaluations.jsonl` beside the checkpoint; returns its path."""
-    path = find_checkpoint(checkpoint)
-    record = {"checkpoint": path.name, "data": data, **evaluation.to_record()}
-    log = path.parent / "evaluations.jsonl"
-    with open(log, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-    return log
+        if chosen is not None:
+            logits = logits[:, chosen]
+        index = places.cpu().numpy()
+        parts.append(Predictions.from_logits(logits, targets[index], index))  # waits for the device
+        times.append((len(index), time.perf_counter() - start))
+        num_classes = logits.shape[-1]
+    timed = times[1:] or times  # the first batch warms up, if there is another
+    rates = [sum(count for count, _ in timed) / sum(s for _, s in timed)] if timed else []
+    counts = [num_classes]
+    if accelerator.num_processes > 1:  # a process may have had no image
+        parts, rates, counts = map(gather_object, (parts, rates, counts))
+    if not parts:
+        raise ValueError(f"none of the {len(targets)} held-out images can be read")
+    predictions = Predictions.joined(parts)
+    broken = len(targets) - len(predictions)
+    return Evaluation(predictions, max(counts), broken, sum(rates))

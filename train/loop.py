@@ -28,16 +28,17 @@ from vitarium.train import checkpoint as files
 from vitarium.train import setup
 from vitarium.train.config import TrainConfig
 from vitarium.train.data import STEP, EpochBatches, batches, load_data, seed_all
-from vitarium.train.evaluate import Evaluation, create_accelerator, score, torch_threads
+from vitarium.train.evaluate import create_accelerator, score, torch_threads
 from vitarium.train.images import BrokenDataError
 from vitarium.train.interrupt import Interrupted, StopRequest, stop_on_signal
-from vitarium.train.plots import learning_curves
+from vitarium.train.metrics import Evaluation
 from vitarium.train.progress import Progress
+from vitarium.train.run_page import RunFacts
+from vitarium.train.tracking import Tracker, import_wandb
 
 _LOG = logging.getLogger("vitarium.train")
 # The message of these alone says what happened.
 _EXPECTED = (Interrupted, KeyboardInterrupt, OSError, FloatingPointError, BrokenDataError)
-_REDRAW_SECONDS = 60.0  # the picture is drawn anew at most this often while training
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ class _Run:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
+        if config.tracking == "wandb":
+            import_wandb()  # before anything is written
         self.accelerator = create_accelerator(config.device, config.precision)
         self.data = load_data(config.data, config.source)
         seed_all(config.seed)
@@ -154,6 +157,7 @@ class _Run:
                 torch_threads(self.config.threads),
                 Progress(console, self.epochs, self.steps_per_epoch) as progress,
                 stop_on_signal() as request,
+                self._tracker() as self.tracker,
             ):
                 self._log_start()
                 self.data.broken.record_in(
@@ -164,8 +168,6 @@ class _Run:
             _LOG.error("%s: %s", type(error).__name__, error, exc_info=not _expected(error))
             raise
         finally:
-            if self.history and self.accelerator.is_main_process:
-                learning_curves(self.history, self.folder / "curves.png")
             _LOG.removeHandler(handler)
             handler.close()
         return RunResult(self.folder, self.history[-1], self._best(), self.seconds)
@@ -176,7 +178,6 @@ class _Run:
                 self.save("last", {})
                 raise Interrupted(request.signum, self.folder, self.step)
 
-        drawn = time.monotonic()
         while True:
             if self.step % self.steps_per_epoch == 0 and self.step > self.evaluated_step:
                 network = self.ema.module if self.ema is not None else self.network
@@ -185,9 +186,6 @@ class _Run:
                 )
                 self.data.broken.share(gather_object)
                 self._record(evaluation, progress)
-                if time.monotonic() - drawn > _REDRAW_SECONDS:
-                    learning_curves(self.history, self.folder / "curves.png")
-                    drawn = time.monotonic()
             if self.step == self.epochs * self.steps_per_epoch:
                 return
             self.order.epoch, self.order.first = divmod(self.step, self.steps_per_epoch)
@@ -226,6 +224,18 @@ class _Run:
 
     # --- records ---------------------------------------------------------------------------------
 
+    def _tracker(self) -> Tracker:
+        facts = RunFacts(
+            folder=self.folder,
+            config=self.config,
+            data=self.data,
+            inputs=self.inputs,
+            parameters=sum(p.numel() for p in self.network.parameters()),
+            device=self.accelerator.device.type,
+            processes=self.accelerator.num_processes,
+        )
+        return Tracker(facts, self.history, enabled=self.accelerator.is_main_process)
+
     def _epoch(self) -> int:
         """Number of the epoch that the next step belongs to, from 1."""
         return self.step // self.steps_per_epoch + 1
@@ -253,6 +263,7 @@ class _Run:
         self.save("last", record)
         if self._best() is record:
             self.save("best", record)
+        self.tracker.epoch(record, evaluation)
 
     def _best(self) -> dict[str, Any]:
         return max(self.history, key=lambda record: (record["correct"], -record["loss"]))

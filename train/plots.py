@@ -31,7 +31,7 @@ from vitarium.train.explain import (
 )
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_png(figure: Figure, path: Path) -> None:
     write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
 
 
@@ -42,6 +42,11 @@ def learning_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         records: one per epoch, as in a run's `metrics.jsonl`.
         path: the file to write.
     """
+    save_png(curves_figure(records), path)
+
+
+def curves_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
+    """Loss and accuracy over the epochs, of records as in a run's `metrics.jsonl`."""
     epochs = [record["epoch"] for record in records]
     style = {"marker": "o", "markersize": 2.5, "linewidth": 1.5} if len(epochs) < 60 else {}
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -63,7 +68,7 @@ def learning_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _save(figure, path)
+    return figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +147,7 @@ def draw_attention(rows: Sequence[PanelRow], title: str, path: Path) -> None:
     bar.set_label("attention weight / largest of the panel", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     bar.ax.set_ylim(lowest, 1)
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def _draw_panel(axes: Axes, panel: Panel, row: PanelRow) -> None:
@@ -338,7 +343,7 @@ def head_importance_picture(name: str, found: Sequence[HeadImportance], path: Pa
         axes.set_title(stage, fontsize=8, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=7)
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def most_contrast(pixels: Tensor, cells: int = 8) -> tuple[float, float]:

@@ -185,7 +185,8 @@ class Samples(Dataset[Sample]):
         """The image to read, and those that are tried one after another if it is broken."""
         yield index
         if numbers:
-            draw = np.random.default_rng((OTHER, *numbers, index))
+            seed, *rest = numbers
+            draw = np.random.default_rng((seed, OTHER, *rest, index))
             for _ in range(_ATTEMPTS):
                 yield int(draw.integers(len(self)))
 

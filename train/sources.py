@@ -109,8 +109,15 @@ class StoredImages(Sequence[AnyImage]):
 
 
 def text_array(texts: Sequence[str]) -> np.ndarray:
-    """Strings of any length in one array, a fraction of the size of a list of them."""
-    return np.array(texts, dtype=np.dtypes.StringDType())
+    """Strings of any length in one array, a fraction of the size of a list of them.
+
+    Raises:
+        ValueError: a file name is not UTF-8.
+    """
+    try:
+        return np.array(texts, dtype=np.dtypes.StringDType())
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the file name {error.object!r} is not UTF-8") from None
 
 
 def number_labels(labels: Iterable[str]) -> tuple[np.ndarray, list[str]]:

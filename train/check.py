@@ -156,7 +156,7 @@ def check_data(
         progress: called with the number of images read, and to be read.
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: as `load_data`, but for what a report tells.
+        ValueError, FileNotFoundError: as `load_data`, but for what a report tells.
     """
     options = options or SourceConfig()
     cores = available_cores()

@@ -142,9 +142,9 @@ def load_data(source: str, options: SourceConfig | None = None) -> ImageData:
         options: which splits, classes and columns to take; the defaults if None.
 
     Raises:
-        ValueError: the scheme is unknown, or what is there cannot be trained on.
+        ValueError: the scheme is unknown, or what is there cannot be trained on, or the package
+            that reads it is not installed.
         FileNotFoundError: something is missing: the data, a split, the images of a class.
-        ImportError: a package that reads this kind of data is not installed.
     """
     options = options or SourceConfig()
     splits = find_splits(source, options)
@@ -188,7 +188,7 @@ def find_splits(source: str, options: SourceConfig) -> Splits:
     """The splits of a source by their own names, or one split by the name "".
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: as `load_data`.
+        ValueError, FileNotFoundError: as `load_data`.
     """
     scheme, _, argument = source.partition(":")
     if scheme not in SCHEMES:

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import struct
+import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -435,6 +436,12 @@ def test_wrong_sources(
         load_data(fill(source), SourceConfig(**chosen))
     assert fill(message) in str(error.value) and "\n" not in str(error.value)
     assert sorted(bad.rglob("*")) == before
+
+
+def test_without_hugging_face(tables: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"pip install 'vitarium\[data\]'"):
+        load_data(f"hfds:{tables}/saved")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,7 @@ def send_at_step(patch: pytest.MonkeyPatch, at: int, signum: int) -> None:
 def test_a_run_leaves_what_it_says(whole, tiny_config: TrainConfig) -> None:
     folder = whole[0]
     assert sorted(os.listdir(folder)) == [
+        "README.md",
         "best.safetensors",
         "best.training.pt",
         "config.yaml",
@@ -110,6 +112,8 @@ def test_a_run_leaves_what_it_says(whole, tiny_config: TrainConfig) -> None:
         "last.safetensors",
         "last.training.pt",
         "metrics.jsonl",
+        "report.html",
+        "tensorboard",
         "train.log",
     ]
     assert (folder / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -239,15 +243,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_config: TrainConfig, tmp_p
 
 
 def test_a_run_is_never_written_over(whole, tiny_config: TrainConfig) -> None:
-    before = {path.name: path.read_bytes() for path in whole[0].iterdir()}
+    before = {path.name: path.read_bytes() for path in whole[0].iterdir() if path.is_file()}
     with pytest.raises(FileExistsError, match="holds a run already"):
         train(tiny_config, output=whole[0])
-    assert {path.name: path.read_bytes() for path in whole[0].iterdir()} == before
+    assert {path.name: path.read_bytes() for path in whole[0].iterdir() if path.is_file()} == before
 
 
 def test_resume_refuses_other_data(whole, tiny_config: TrainConfig, tmp_path: Path) -> None:
-    for path in whole[0].iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     changed = dataclasses.replace(tiny_config, data="digits").to_yaml()
     (tmp_path / "config.yaml").write_text(changed)
     with pytest.raises(ValueError, match="was trained on"):

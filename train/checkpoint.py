@@ -9,8 +9,8 @@
     RUN/train.log             what happened, with versions
     RUN/last.safetensors      weights for use, after the last epoch or at an interruption
     RUN/best.safetensors      weights for use, of the epoch that did best on the held-out images
-    RUN/last.training.pt      everything that going on exactly needs (also best.training.pt)
-    RUN/broken.jsonl          the images that could not be read, if any, one record each
+    RUN/checkpoints/step-NNNNNNNN.training.pt
+                              everything that going on exactly needs; the newest few are kept
     RUN/evaluations.jsonl     one record per `vitarium eval`
 
 A `.safetensors` file is a plain state dict in the names of the model, so timm's `checkpoint_path`
@@ -19,8 +19,9 @@ registry) and, as JSON, "model_kwargs", "classes", "input" (`InputConfig`), "con
 "metrics". The weights are the moving average where the run keeps one.
 
 A `.training.pt` file is self-sufficient: it does not need the other files of its checkpoint, so
-there is no moment at which a pair of files disagrees. It is read with `weights_only=True`; neither
-kind of file can execute code.
+there is no moment at which a pair of files disagrees, and it is the same whether one process wrote
+it or many. It is written last and checked as a whole before anything of it is used. It is read with
+`weights_only=True`; neither kind of file can execute code.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,7 @@ from vitarium.train.data import InputConfig
 
 WEIGHTS = ".safetensors"
 TRAINING = ".training.pt"
+STATES = "checkpoints"  # the folder of states within a run's
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -232,6 +236,10 @@ def load_training_state(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: nothing to resume from")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch each have errors of their own
         reason = " ".join(str(error).split())[:200]
@@ -239,6 +247,58 @@ def load_training_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise ValueError(f"training state {path} holds no training state")
     return state
+
+
+def state_path(folder: Path, step: int) -> Path:
+    """Where the state of a run after `step` steps is saved."""
+    return folder / STATES / f"step-{step:08}{TRAINING}"
+
+
+def state_paths(folder: Path) -> list[Path]:
+    """The states in a run's folder, the newest first."""
+    found = {path: _step_of(path) for path in (folder / STATES).glob(f"*{TRAINING}")}
+    return sorted((path for path in found if found[path] >= 0), key=found.get, reverse=True)  # type: ignore[arg-type]
+
+
+def _step_of(path: Path) -> int:
+    match = re.fullmatch(rf"step-(\d+){re.escape(TRAINING)}", path.name)
+    return int(match[1]) if match else -1
+
+
+def load_newest_state(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest state in a run's folder that is whole, and what is wrong with newer ones.
+
+    Returns:
+        The state, None if the run was stopped before the first one; and a message for every
+        newer one that is damaged.
+
+    Raises:
+        ValueError: there are states, but all are damaged.
+    """
+    messages: list[str] = []
+    for path in state_paths(folder):
+        try:
+            return load_training_state(path), messages
+        except ValueError as error:
+            messages.append(str(error))
+    if messages:
+        raise ValueError(f"{folder} holds no state that can be read: {'; '.join(messages)}")
+    return None, messages
+
+
+def keep_states(folder: Path, step: int, keep: int) -> None:
+    """Remove states but the `keep` newest ones up to `step`; later ones are of a damaged past."""
+    paths = state_paths(folder)
+    kept = [path for path in paths if _step_of(path) <= step][:keep]
+    for path in paths:
+        if path not in kept:
+            path.unlink(missing_ok=True)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what `write_atomic` left behind in a run's folder when its process was killed."""
+    for path in (*folder.glob(".*.tmp"), *(folder / STATES).glob(".*.tmp")):
+        path.unlink(missing_ok=True)
 
 
 def claim_folder(output: Path | str | None, default: str) -> Path:
@@ -254,7 +314,7 @@ def claim_folder(output: Path | str | None, default: str) -> Path:
     """
     if output is not None:
         folder = Path(output)
-        if (folder / "config.yaml").exists() or any(folder.glob(f"*{TRAINING}")):
+        if (folder / "config.yaml").exists() or state_paths(folder):
             raise FileExistsError(
                 f"{folder} holds a run already; go on with --resume {folder}, "
                 "or choose another --output"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.resources
-import math
 from argparse import ArgumentError
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,130 +18,23 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from vitarium.train.options import (
+    AugmentConfig,
+    ConfigError,
+    DistillationConfig,
+    OptimizerConfig,
+    ProgressiveConfig,
+    ScheduleConfig,
+    integer,
+    number,
+    require,
+)
 
-class ConfigError(ValueError):
-    """A configuration that no run can be started with; the message names the key."""
-
-
-def _require(condition: bool, name: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name}={value!r} is not allowed; it must be {allowed}")
-
-
-def _number(name: str, value: Any, least: float = 0.0, most: float = math.inf) -> None:
-    """`value` is a finite number within `[least, most]`."""
-    known = isinstance(value, (int, float)) and not isinstance(value, bool)
-    bound = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
-    _require(known and math.isfinite(value) and least <= value <= most, name, value, bound)
-
-
-def _integer(name: str, value: Any, least: int) -> None:
-    known = isinstance(value, int) and not isinstance(value, bool)
-    _require(known and value >= least, name, value, f"an integer of at least {least}")
-
-
-@dataclass
-class OptimizerConfig:
-    """The optimizer, by timm's names (`timm.optim.list_optimizers()`).
-
-    Args:
-        name: optimizer.
-        lr: peak learning rate, for the whole batch over all processes.
-        weight_decay: decay of weights; biases and norms have none.
-        betas: coefficients of Adam-like optimizers; the optimizer's own if null.
-        momentum: momentum of SGD-like optimizers.
-        clip_grad: largest norm of the gradient; null does not clip.
-    """
-
-    name: str = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    betas: tuple[float, float] | None = None
-    momentum: float = 0.9
-    clip_grad: float | None = None
-
-    def __post_init__(self) -> None:
-        _number("optimizer.lr", self.lr)
-        _number("optimizer.weight_decay", self.weight_decay)
-        _number("optimizer.momentum", self.momentum, 0, 1)
-        for beta in self.betas or ():
-            _number("optimizer.betas", beta, 0, 1)
-        if self.clip_grad is not None:
-            _number("optimizer.clip_grad", self.clip_grad)
-
-
-@dataclass
-class ScheduleConfig:
-    """The learning rate over the run, updated after every step (`timm.scheduler`).
-
-    Args:
-        name: shape of the decay; "poly" is linear.
-        warmup_epochs: epochs of linear increase at the start, part of `epochs`.
-        warmup_lr: learning rate at the first step.
-        min_lr: learning rate at the end of the decay.
-        cooldown_epochs: epochs at `min_lr` that follow `epochs`.
-    """
-
-    name: Literal["cosine", "tanh", "poly"] = "cosine"
-    warmup_epochs: int = 5
-    warmup_lr: float = 1e-5
-    min_lr: float = 0.0
-    cooldown_epochs: int = 0
-
-    def __post_init__(self) -> None:
-        _integer("schedule.warmup_epochs", self.warmup_epochs, 0)
-        _integer("schedule.cooldown_epochs", self.cooldown_epochs, 0)
-        _number("schedule.warmup_lr", self.warmup_lr)
-        _number("schedule.min_lr", self.min_lr)
-
-
-@dataclass
-class AugmentConfig:
-    """How training images are varied (`timm.data.create_transform`, `RandomErasing`, `Mixup`).
-
-    Args:
-        scale: least and largest part of the image's area that a random crop keeps.
-        ratio: least and largest aspect ratio of a crop.
-        rotation: largest angle in degrees by which an image is turned; what turns in is black.
-        hflip: probability of a horizontal flip.
-        color_jitter: strength of brightness, contrast and saturation changes.
-        auto_augment: policy in timm's notation, such as "rand-m9-mstd0.5-inc1"; null for none.
-        repeats: variations of an image in one batch (repeated augmentation, arXiv 1901.09335; 3 in
-            DeiT); an epoch stays as long and sees so many times fewer images.
-        random_erasing: probability of erasing a rectangle.
-        mixup: alpha of Mixup, 0 for none.
-        cutmix: alpha of CutMix, 0 for none.
-        label_smoothing: part of the target that is spread over all classes.
-    """
-
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    rotation: float = 0.0
-    hflip: float = 0.5
-    color_jitter: float = 0.4
-    auto_augment: str | None = None
-    repeats: int = 1
-    random_erasing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    label_smoothing: float = 0.1
-
-    def __post_init__(self) -> None:
-        for name, most in (("scale", 1.0), ("ratio", math.inf)):
-            pair = getattr(self, name)
-            fits = isinstance(pair, (tuple, list)) and len(pair) == 2
-            _require(
-                fits and 0 < pair[0] <= pair[1] <= most,
-                f"augment.{name}",
-                pair,
-                f"two increasing numbers above 0, at most {most:g}",
-            )
-        for name in ("hflip", "random_erasing", "label_smoothing"):
-            _number(f"augment.{name}", getattr(self, name), 0, 1)
-        _number("augment.rotation", self.rotation, 0, 180)
-        _integer("augment.repeats", self.repeats, 1)
-        for name in ("color_jitter", "mixup", "cutmix"):
-            _number(f"augment.{name}", getattr(self, name))
+# Where the tasks are; `vitarium.train.task` says what one is.
+TASKS = {
+    "classification": "vitarium.train.task:Classification",
+    "distillation": "vitarium.train.distill:Distillation",
+}
 
 
 @dataclass
@@ -176,20 +68,45 @@ class SourceConfig:
     def __post_init__(self) -> None:
         names = ("train_split", "val_split", "val_data", "class_map", "input_key", "target_key")
         for name in names:
-            _require(getattr(self, name) != "", f"source.{name}", "", "a name, or null")
-        _number("source.max_broken", self.max_broken)
-        _require(
+            require(getattr(self, name) != "", f"source.{name}", "", "a name, or null")
+        number("source.max_broken", self.max_broken)
+        require(
             self.max_broken < 1 or self.max_broken == int(self.max_broken),
             "source.max_broken",
             self.max_broken,
             "a fraction below 1, or a whole number of images",
         )
-        _require(
+        require(
             self.val_split is None or self.val_split != self.train_split,
             "source.val_split",
             self.val_split,
             "another split than source.train_split",
         )
+
+
+@dataclass
+class CheckpointConfig:
+    """When the state of a run is saved, besides every epoch's end and an interruption.
+
+    Args:
+        keep: newest states that are kept; resuming takes the one before a damaged one.
+        every_steps: also after so many steps; null for no such saving.
+        every_minutes: also after so many minutes; null for no such saving.
+    """
+
+    keep: int = 2
+    every_steps: int | None = None
+    every_minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        integer("checkpoint.keep", self.keep, 1)
+        if self.every_steps is not None:
+            integer("checkpoint.every_steps", self.every_steps, 1)
+        if self.every_minutes is not None:
+            number("checkpoint.every_minutes", self.every_minutes)
+            require(
+                self.every_minutes > 0, "checkpoint.every_minutes", self.every_minutes, "above 0"
+            )
 
 
 @dataclass
@@ -203,22 +120,42 @@ class TrainConfig:
             set on disk); "torch:NAME@ROOT" (torchvision). Where there is one split, a fixed
             stratified fifth is held out.
         source: how images and labels are found there.
+        task: what is trained: "classification", or "distillation" from a teacher.
+        distillation: the teacher and how it is learned from, where that is the task.
         model: name of a model in timm's registry, ours or not.
         model_kwargs: further arguments of `timm.create_model`, such as `drop_path_rate`.
         pretrained: start from the published weights.
+        initial_checkpoint: start from these weights: a file in official or in our names, an
+            address, or a run's folder; a classifier of other classes is left out.
+        freeze: what is not trained and computes as in evaluation: "backbone" for all but the
+            classifier (a linear probe); a number n for the first n groups of timm's coarse
+            `group_matcher`, of which the stem is the first; or names of modules or patterns of
+            parameters' names, such as [stem, stages.0, "*.norm1.*"].
         image_size: height and width of the input in pixels; the model's own if null.
+        progressive: smaller training images at first.
         crop_pct: part of the image's shorter side that evaluation sees; the model's own if null.
         epochs: passes over the training images.
-        batch_size: images per step and process.
+        batch_size: images per forward pass and process.
+        accumulate_steps: forward and backward passes per step of the optimizer, whose batch is so
+            many times as large (timm's grad_accum_steps).
         optimizer: the optimizer.
         schedule: the learning rate over the run.
         augment: how training images are varied.
+        bce_loss: binary cross-entropy of every class instead of cross-entropy over all.
+        bce_target_thresh: targets above this value count as 1, others as 0, after Mixup and
+            smoothing; null leaves them soft. Only for `bce_loss`.
         auxiliary_loss: factor on the mean of the losses that mixers ask to be trained with, such as
             the load balance of chosen heads (0.01 in arXiv 2410.11842); added to the loss.
         ema_decay: decay of the moving average of the weights, which is then what is evaluated
             and saved; null for none.
         precision: "no" (float32), "bf16" or "fp16" mixed precision.
+        channels_last: keep images and weights of convolutions with channels innermost.
+        grad_checkpointing: recompute activations in the backward pass: less memory, more time.
+        compile: run the model through `torch.compile`.
         device: "auto" takes an accelerator if there is one.
+        distributed: with several processes, each holds the whole model ("ddp") or a part of every
+            weight ("fsdp2").
+        checkpoint: when the state of the run is saved.
         workers: processes that read images; 0 reads in the main process.
         threads: CPU threads of torch in the main process; null leaves them as they are. One is
             best for small models: more of them wait for each other.
@@ -229,40 +166,58 @@ class TrainConfig:
 
     data: str = "digits"
     source: SourceConfig = field(default_factory=SourceConfig)
+    task: str = "classification"
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     model: str = "dinat_nano"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
+    initial_checkpoint: str | None = None
+    freeze: int | list[str] | str | None = None
     image_size: int | None = None
+    progressive: ProgressiveConfig = field(default_factory=ProgressiveConfig)
     crop_pct: float | None = None
     epochs: int = 300
     batch_size: int = 128
+    accumulate_steps: int = 1
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    bce_loss: bool = False
+    bce_target_thresh: float | None = None
     auxiliary_loss: float = 0.01
     ema_decay: float | None = None
     precision: Literal["no", "bf16", "fp16"] = "no"
+    channels_last: bool = False
+    grad_checkpointing: bool = False
+    compile: bool = False
     device: Literal["auto", "cpu"] = "auto"
+    distributed: Literal["ddp", "fsdp2"] = "ddp"
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     workers: int = 4
     threads: int | None = None
     seed: int = 0
     tracking: Literal["wandb"] | None = None
 
     def __post_init__(self) -> None:
-        _integer("epochs", self.epochs, 1)
-        _integer("batch_size", self.batch_size, 1)
-        _integer("workers", self.workers, 0)
-        _integer("seed", self.seed, 0)
+        allowed = f"one of {', '.join(TASKS)}{nearest(str(self.task), TASKS)}"
+        require(self.task in TASKS, "task", self.task, allowed)
+        integer("epochs", self.epochs, 1)
+        integer("batch_size", self.batch_size, 1)
+        integer("accumulate_steps", self.accumulate_steps, 1)
+        integer("workers", self.workers, 0)
+        integer("seed", self.seed, 0)
         if self.threads is not None:
-            _integer("threads", self.threads, 1)
+            integer("threads", self.threads, 1)
         if self.image_size is not None:
-            _integer("image_size", self.image_size, 1)
+            integer("image_size", self.image_size, 1)
         if self.crop_pct is not None:
-            _number("crop_pct", self.crop_pct, 0.01, 1)
-        _number("auxiliary_loss", self.auxiliary_loss)
+            number("crop_pct", self.crop_pct, 0.01, 1)
+        number("auxiliary_loss", self.auxiliary_loss)
+        self._check_start()
+        self._check_options()
         if self.ema_decay is not None:
-            _number("ema_decay", self.ema_decay, 0, 1)
-        _require(
+            number("ema_decay", self.ema_decay, 0, 1)
+        require(
             self.schedule.warmup_epochs < self.epochs or self.schedule.warmup_epochs == 0,
             "schedule.warmup_epochs",
             self.schedule.warmup_epochs,
@@ -275,6 +230,41 @@ class TrainConfig:
                 "because augment.mixup or augment.cutmix pairs images"
             )
 
+    def _check_start(self) -> None:
+        """What a run starts from, and what of it is trained."""
+        if self.initial_checkpoint is not None:
+            given = f"{self.initial_checkpoint!r} with pretrained=True"
+            require(not self.pretrained, "initial_checkpoint", given, "the only source of weights")
+            require(self.initial_checkpoint != "", "initial_checkpoint", "", "a path, or null")
+        if isinstance(self.freeze, int):
+            integer("freeze", self.freeze, 0)
+        elif self.freeze is not None:
+            patterns = [self.freeze] if isinstance(self.freeze, str) else self.freeze
+            named = bool(patterns) and all(patterns)
+            require(named, "freeze", self.freeze, '"backbone", a number of groups, or names')
+        teacher = self.distillation.teacher
+        if self.task == "distillation":
+            require(teacher is not None, "distillation.teacher", teacher, "a model of timm's")
+        else:
+            allowed = f'null, as task={self.task!r} has no teacher (task "distillation" has one)'
+            require(teacher is None, "distillation.teacher", teacher, allowed)
+
+    def _check_options(self) -> None:
+        """Options that depend on others."""
+        threshold = self.bce_target_thresh
+        if threshold is not None:
+            number("bce_target_thresh", threshold, 0, 1)
+            require(self.bce_loss, "bce_target_thresh", threshold, "null without bce_loss")
+        progressive = self.progressive
+        if progressive.start_size is not None:
+            epochs = progressive.epochs
+            allowed = f"from 1 to epochs={self.epochs}"
+            require(epochs is None or epochs <= self.epochs, "progressive.epochs", epochs, allowed)
+            if self.image_size is not None:
+                allowed = f"at most image_size={self.image_size}"
+                start = progressive.start_size
+                require(start <= self.image_size, "progressive.start_size", start, allowed)
+
     def with_epochs(self, epochs: int) -> TrainConfig:
         """The same with other `epochs`, and no longer a warm-up than they allow.
 
@@ -283,7 +273,10 @@ class TrainConfig:
         """
         warmup = max(0, min(self.schedule.warmup_epochs, epochs - 1))
         schedule = dataclasses.replace(self.schedule, warmup_epochs=warmup)
-        return dataclasses.replace(self, epochs=epochs, schedule=schedule)
+        growth = self.progressive
+        if growth.epochs is not None:
+            growth = dataclasses.replace(growth, epochs=min(growth.epochs, max(1, epochs)))
+        return dataclasses.replace(self, epochs=epochs, schedule=schedule, progressive=growth)
 
     def to_yaml(self) -> str:
         """The configuration as a recipe: `from_yaml` and `--config` read it back."""
@@ -312,9 +305,12 @@ class TrainConfig:
 
 _GROUPS = {
     "source": SourceConfig,
+    "distillation": DistillationConfig,
+    "progressive": ProgressiveConfig,
     "optimizer": OptimizerConfig,
     "schedule": ScheduleConfig,
     "augment": AugmentConfig,
+    "checkpoint": CheckpointConfig,
 }
 
 

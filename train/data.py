@@ -117,7 +117,11 @@ def seed_all(*numbers: int) -> None:
 
     Convention: (seed, one of ORDER, IMAGE, STEP and OTHER, further numbers): uses do not meet.
     """
-    torch.manual_seed(_seed_cpu(*numbers))
+    seed = _seed_cpu(*numbers)
+    if torch.accelerator.is_available():
+        torch.manual_seed(
+            seed
+        )  # looks at every kind of accelerator, which takes half a millisecond
 
 
 def _seed_cpu(*numbers: int) -> int:

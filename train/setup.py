@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from timm.data import Mixup, resolve_data_config
+from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -43,6 +46,21 @@ def input_config(network: nn.Module, config: TrainConfig) -> InputConfig:
     )
 
 
+def share_batch(config: TrainConfig, state: Mapping[str, Any], processes: int) -> TrainConfig:
+    """The configuration of a saved run with its batch shared among so many processes.
+
+    Raises:
+        ConfigError: it cannot be shared equally.
+    """
+    total = state.get("total_batch", config.batch_size * processes)
+    if total % processes:
+        raise ConfigError(
+            f"the run has batches of {total} images over all processes, which {processes} "
+            "processes cannot share equally; resume with a number that divides it"
+        )
+    return dataclasses.replace(config, batch_size=total // processes)
+
+
 def create_loaders(
     config: TrainConfig, data: ImageData, inputs: InputConfig, accelerator: Accelerator
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
@@ -61,28 +79,67 @@ def create_loaders(
     return loader, held_out_loader(data, inputs, batch_size, workers, accelerator)
 
 
-def create_batch_preparation(
-    config: TrainConfig, classes: int, inputs: InputConfig, device: torch.device
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """From a batch as loaded to the model's input and target: normalised, erased, mixed."""
-    augment = config.augment
-    erase = random_erasing(augment, device) if augment.random_erasing else None
-    mix = None
-    if augment.mixup or augment.cutmix:
-        mix = Mixup(
-            augment.mixup,
-            augment.cutmix,
-            label_smoothing=augment.label_smoothing,
-            num_classes=classes,
+def steps_per_epoch(config: TrainConfig, batches: int) -> int:
+    """Steps of the optimizer in an epoch of so many batches; those that fill no step are left out.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if batches < config.accumulate_steps:
+        raise ConfigError(
+            f"accumulate_steps={config.accumulate_steps} is not allowed; an epoch has {batches} "
+            f"batches of {config.batch_size} images"
         )
+    return batches // config.accumulate_steps
 
-    def prepare(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        images = inputs.normalize(images)
-        if erase is not None:
-            images = erase(images)
-        return mix(images, targets) if mix is not None else (images, targets)
 
-    return prepare
+class BatchPreparation:
+    """From a batch as loaded to the model's input and target: normalised, resized, erased, mixed.
+
+    Args:
+        config: the run's.
+        classes: number of classes.
+        inputs: size and normalisation of the images.
+        device: where the batches are.
+    """
+
+    def __init__(
+        self, config: TrainConfig, classes: int, inputs: InputConfig, device: torch.device
+    ) -> None:
+        augment = config.augment
+        self.inputs = inputs
+        self.channels_last = config.channels_last
+        self.off_epoch = augment.mixup_off_epoch
+        self.size: int | None = None
+        self.erase = random_erasing(augment, device) if augment.random_erasing else None
+        self.mix = None
+        if augment.mixup or augment.cutmix:
+            self.mix = Mixup(
+                augment.mixup,
+                augment.cutmix,
+                prob=augment.mixup_prob,
+                switch_prob=augment.mixup_switch_prob,
+                mode=augment.mixup_mode,
+                label_smoothing=augment.label_smoothing,
+                num_classes=classes,
+            )
+
+    def start_epoch(self, epoch: int, size: int) -> None:
+        """From now on, square images of `size` pixels, mixed as the epoch (from 0) has it."""
+        self.size = None if (size, size) == self.inputs.image_size else size
+        if self.mix is not None:
+            self.mix.mixup_enabled = self.off_epoch == 0 or epoch < self.off_epoch
+
+    def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        images = self.inputs.normalize(images)
+        if self.size is not None:
+            size = (self.size, self.size)
+            images = F.interpolate(images, size, mode="bilinear", antialias=True)
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        if self.erase is not None:
+            images = self.erase(images)
+        return self.mix(images, targets) if self.mix is not None else (images, targets)
 
 
 def create_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -104,6 +161,7 @@ def create_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Opt
         lr=optimizer.lr,
         weight_decay=optimizer.weight_decay,
         momentum=optimizer.momentum,
+        layer_decay=optimizer.layer_decay,
         **betas,
     )
 
@@ -111,23 +169,36 @@ def create_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Opt
 def create_scheduler(
     optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int
 ) -> Scheduler:
-    """The learning rate as a function of the step: `step_update(step)` sets it, no state needed."""
+    """The learning rate as a function of the step, which `set_learning_rate` sets."""
     schedule = config.schedule
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=schedule.name,
         num_epochs=config.epochs,
+        decay_epochs=schedule.decay_epochs,
+        decay_milestones=schedule.decay_milestones,
+        decay_rate=1.0 if schedule.name == "poly" else schedule.decay_rate,  # poly's: its power
         warmup_epochs=schedule.warmup_epochs,
+        warmup_prefix=schedule.warmup_prefix,
         warmup_lr=schedule.warmup_lr,
         min_lr=schedule.min_lr,
-        step_on_epochs=False,
+        step_on_epochs=not schedule.on_updates,
         updates_per_epoch=steps_per_epoch,
     )
     assert scheduler is not None  # only timm's name "none", which is not allowed here, gives None
     return scheduler
 
 
+def set_learning_rate(scheduler: Scheduler, step: int, steps_per_epoch: int) -> None:
+    """Set the learning rate of the step `step` (from 0); the scheduler needs no other state."""
+    scheduler.step_update(step)  # of these two, one does nothing
+    scheduler.step(step // steps_per_epoch)
+
+
 def create_loss(config: TrainConfig) -> nn.Module:
-    """Cross-entropy for the targets that `create_batch_preparation` makes."""
+    """The loss for the targets that `BatchPreparation` makes."""
     mixes = config.augment.mixup > 0 or config.augment.cutmix > 0  # Mixup smooths by itself
-    return nn.CrossEntropyLoss(label_smoothing=0.0 if mixes else config.augment.label_smoothing)
+    smoothing = 0.0 if mixes else config.augment.label_smoothing
+    if config.bce_loss:
+        return BinaryCrossEntropy(smoothing, target_threshold=config.bce_target_thresh)
+    return nn.CrossEntropyLoss(label_smoothing=smoothing)

@@ -100,17 +100,24 @@ def _gradients(
     )
 
 
-def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def gelu_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, overwrite: bool = False
+) -> Tensor:
     """`linear(gelu(x), weight, bias)`, whose backward computes the GELU again: less is kept.
 
-    The arguments are those of `linear`.
+    Args:
+        x, weight, bias: as `linear` has them.
+        overwrite: whether x may be written to, where no gradient needs it: memory for a hidden map
+            takes as long to come by as its GELU.
     """
     plain = (
         torch.compiler.is_compiling() or plain_aten() or torch.is_autocast_enabled(x.device.type)
     )
-    if plain or not torch.is_grad_enabled():
+    if plain:
         return linear(F.gelu(x), weight, bias)
-    return _GeluLinear.apply(x, weight, bias)
+    if torch.is_grad_enabled():
+        return _GeluLinear.apply(x, weight, bias)
+    return linear(torch.ops.aten.gelu_(x) if overwrite else F.gelu(x), weight, bias)
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -122,10 +129,15 @@ class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grads = _gradients(grad, F.gelu(x), weight, ctx.needs_input_grad)
-        if grads[0] is None:
-            return grads
-        return torch.ops.aten.gelu_backward(grads[0], x), *grads[1:]
+        needs = ctx.needs_input_grad
+        # One after the other, so that one hidden map's memory does for all.
+        of_layer = _gradients(grad, F.gelu(x), weight, (False, *needs[1:]))[1:]
+        (of_gelu, *_) = _gradients(grad, x, weight, (needs[0], False, False))
+        if of_gelu is None:
+            return None, *of_layer
+        if torch.is_grad_enabled():
+            return torch.ops.aten.gelu_backward(of_gelu, x), *of_layer
+        return torch.ops.aten.gelu_backward.grad_input(of_gelu, x, grad_input=of_gelu), *of_layer
 
 
 class Linear(nn.Linear):

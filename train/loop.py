@@ -46,6 +46,7 @@ from vitarium.train.run_page import RunFacts
 from vitarium.train.task import create_task
 from vitarium.train.tracking import Tracker, import_wandb
 from vitarium.train.watch import Noted, StepWatch
+from vitarium.zoo.pruned import pruned_layers
 
 _LOG = logging.getLogger("vitarium.train")
 # The message of these alone says what happened.
@@ -260,6 +261,7 @@ class _Run:
     def _train_step(self, images: Tensor, targets: Tensor) -> None:
         """One step of the optimizer, with one forward and backward pass for every part."""
         loss: Tensor | float = 0.0
+        self.task.progress = self.step / (self.epochs * self.steps_per_epoch)
         parts = zip(images.chunk(self.accumulate), targets.chunk(self.accumulate))
         for number, part in enumerate(parts, self.step * self.accumulate):
             seed_all(self.config.seed, STEP, number, self.accelerator.process_index)
@@ -369,7 +371,7 @@ class _Run:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         self.save_state()  # the last: until it is there, all of this is done again
-        self.tracker.epoch(record, evaluation)
+        self.tracker.epoch(record, evaluation if self.task.of_classes else None)
 
     def _best(self) -> dict[str, Any]:
         return max(self.history, key=self.task.rank)
@@ -414,6 +416,7 @@ class _Run:
             self.inputs,
             config,
             metrics,
+            pruned_layers(network),
         )
         files.save_weights(self.folder / f"{name}{files.WEIGHTS}", network, description)
 

@@ -106,14 +106,17 @@ class BatchNorm(nn.BatchNorm1d):
 def second_half(mlp: Any, x: Tensor) -> Tensor:
     """`drop2(fc2(drop1(act(x))))` of a feed-forward network whose activation is GELU.
 
-    A CPU keeps x for the backward, and not its GELU as well.
+    A CPU keeps x for the backward, and not its GELU as well, and overwrites it without gradients.
+
+    Args:
+        mlp: has these layers.
+        x: what a layer of the network gave, which nothing else reads.
     """
-    layers = (mlp.act, mlp.drop1, mlp.fc2)
-    watched = any(m._forward_hooks or m._forward_pre_hooks for m in layers)
+    watched = any(m._forward_hooks or m._forward_pre_hooks for m in mlp.children())
     drops = mlp.training and mlp.drop1.p > 0
     if watched or drops or x.device.type != "cpu" or type(mlp.fc2) is not Linear:
         return mlp.drop2(mlp.fc2(mlp.drop1(mlp.act(x))))
-    return mlp.drop2(gelu_linear(x, mlp.fc2.weight, mlp.fc2.bias))
+    return mlp.drop2(gelu_linear(x, mlp.fc2.weight, mlp.fc2.bias, overwrite=True))
 
 
 class TokenwiseMlp(Mlp):
@@ -136,13 +139,12 @@ class TokenwiseMlp(Mlp):
         traced = torch.compiler.is_compiling() or plain_aten()
         if traced or x.device.type != "cpu":
             return super().forward(x)
-        if torch.is_grad_enabled():
-            return second_half(self, self.fc1(x))
         tokens = max(1, _HIDDEN_BYTES // (self.fc1.out_features * x.element_size()))
-        if self.training or self.fc1.in_features >= _WIDE or x[..., 0].numel() < 2 * tokens:
-            return super().forward(x)
+        whole = self.training or self.fc1.in_features >= _WIDE or x[..., 0].numel() < 2 * tokens
+        if torch.is_grad_enabled() or whole:
+            return second_half(self, self.fc1(x))
         parts = x.flatten(0, -2).split(tokens)
-        return torch.cat([super(TokenwiseMlp, self).forward(part) for part in parts]).view(x.shape)
+        return torch.cat([second_half(self, self.fc1(part)) for part in parts]).view(x.shape)
 
 
 for _part in (PatchConv, BatchNorm, TokenwiseMlp, Linear):

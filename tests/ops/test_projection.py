@@ -94,6 +94,17 @@ def test_gelu_is_computed_again() -> None:
         torch.testing.assert_close(have, want)
 
 
+def test_overwrites_only_what_nobody_needs() -> None:
+    x, weight, bias = _drawn((3, 4, 5), 6, True)
+    want, before = _plain_gelu_linear(x, weight, bias), x.detach().clone()
+    torch.testing.assert_close(gelu_linear(x, weight, bias, overwrite=True), want)
+    with torch.no_grad():
+        torch.testing.assert_close(gelu_linear(x, weight, bias), want)
+        assert torch.equal(x, before)
+        torch.testing.assert_close(gelu_linear(x, weight, bias, overwrite=True), want)
+        assert torch.equal(x, F.gelu(before))
+
+
 @pytest.mark.parametrize(
     "ours, plain", [(linear, F.linear), (gelu_linear, _plain_gelu_linear)], ids=["linear", "gelu"]
 )

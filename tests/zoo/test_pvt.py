@@ -135,3 +135,13 @@ def test_feed_forward_of_parts_is_that_of_the_whole(dtype):
         assert len(calls) > 3 and sum(calls[1:]) == 2600
         assert mlp(x[:, :2]).shape == (2, 2, 50, 16)
         assert calls[-1] == 2
+
+
+def test_hooks_see_what_layers_gave() -> None:
+    """Without gradients hidden tokens are overwritten, but not those that a hook was given."""
+    mlp, x = TokenwiseMlp(8, 16).eval(), torch.randn(1, 5, 8)
+    seen: list[torch.Tensor] = []
+    mlp.fc1.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        mlp(x)
+        torch.testing.assert_close(seen[0], mlp.fc1(x))

@@ -36,7 +36,7 @@ def run_until_killed(config: TrainConfig, folder: Path) -> None:
     resume(folder) if (folder / "config.yaml").exists() else train(config, output=folder)
 
 
-def kill_and_resume(config: TrainConfig, folder: Path, kills: int) -> list[str]:
+def kill_and_resume(config: TrainConfig, folder: Path, whole: Path, kills: int) -> list[str]:
     """Kill the run at random instants, then let it end; where the kills struck.
 
     Processes are forked from one that has imported everything. After every kill, what lies there
@@ -62,6 +62,7 @@ def kill_and_resume(config: TrainConfig, folder: Path, kills: int) -> list[str]:
         assert process.exitcode == 0
         if len(killed) == kills:
             return killed
+        assert_equal_weights(whole, folder)
         seconds = time.monotonic() - start  # it was faster than the kill: begin anew
         shutil.rmtree(folder)
 
@@ -101,7 +102,7 @@ def assert_equal_weights(one: Path, other: Path) -> None:
 def test_killed_at_random_instants(tiny_config: TrainConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(tiny_config, checkpoint=CheckpointConfig(every_steps=2))
     whole = train(config, output=tmp_path / "whole").folder
-    killed = kill_and_resume(config, tmp_path / "run", KILLS)
+    killed = kill_and_resume(config, tmp_path / "run", whole, KILLS)
     assert len(killed) == KILLS
     assert_equal_weights(whole, tmp_path / "run")
     assert not list((tmp_path / "run").rglob(".*.tmp"))
@@ -127,7 +128,7 @@ def main(kills: int) -> None:
             checkpoint=CheckpointConfig(every_steps=2),
         )
         whole = train(config, output=Path(folder, "whole")).folder
-        killed = kill_and_resume(config, Path(folder, "run"), kills)
+        killed = kill_and_resume(config, Path(folder, "run"), whole, kills)
         for number, where in enumerate(killed, 1):
             print(f"kill {number}: {where}")
         assert_equal_weights(whole, Path(folder, "run"))

@@ -15,10 +15,13 @@ import sys
 # Each module has `parser() -> jsonargparse.ArgumentParser` and `run(config) -> int | None`.
 COMMANDS = {
     "demo": "train, evaluate, predict and measure on handwritten digits in one go",
-    "train": "train a model on digits or on your own folder of class folders",
+    "train": "train a model on digits or on your own images",
     "eval": "evaluate a checkpoint on held-out images",
+    "data": "read a data set once: sizes, broken files, duplicates, balance",
     "predict": "classify image files with a checkpoint",
     "explain": "draw where a position of an image looks, and which heads matter",
+    "prune": "remove hidden units and heads from a trained model, and compare",
+    "quantize": "make a trained model compute in int8, and compare",
     "convert": "write an official checkpoint as safetensors in our names",
     "export": "write a model as a torch.export program and as ONNX, checked",
     "bench": "measure models: parameters, GFLOPs, latency, throughput, memory",

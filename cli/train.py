@@ -66,6 +66,12 @@ def print_result(result: RunResult, console: Console) -> None:
             f"({record['correct']}/{record['total']})",
             highlight=False,
         )
+    broken = result.folder / "broken.jsonl"
+    if broken.exists():
+        count = len(broken.read_text(encoding="utf-8").splitlines())
+        console.print(
+            f"{count} images could not be read: {broken}", highlight=False, soft_wrap=True
+        )
     console.print(
         f"{result.seconds:.1f} s, written to {result.folder}", highlight=False, soft_wrap=True
     )

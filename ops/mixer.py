@@ -51,6 +51,10 @@ class Mixer(nn.Module):
             (None: not wanted). `load_state_dict` takes either; a 1x1 convolution's weight serves as
             a linear layer's.
 
+    Attributes:
+        attention_diversification: threshold of `attention_diversification_loss`, which the mixer
+            then asks to be trained with (see `auxiliary_losses`); None for no such loss.
+
     Args:
         dim: number of channels C.
     """
@@ -65,6 +69,8 @@ class Mixer(nn.Module):
     no_weight_decay: ClassVar[Sequence[str]] = ()
     indirect: ClassVar[Sequence[str]] = ()
     official_names: ClassVar[Mapping[str, str | None]] = {}
+
+    attention_diversification: float | None = None
 
     def __init_subclass__(cls, *, name: str, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -101,6 +107,8 @@ class Mixer(nn.Module):
         """
         self._check_map("x", x)
         if context is None:
+            if self.attention_diversification is not None and self.training:
+                return self._mix_diversified(x, self.attention_diversification)
             return self.mix(x)
         if not self.cross:
             raise ValueError(
@@ -109,6 +117,21 @@ class Mixer(nn.Module):
             )
         self._check_map("context", context)
         return self.mix(x, context)
+
+    def _mix_diversified(self, x: Tensor, threshold: float) -> Tensor:
+        from vitarium.ops.tap import attention_diversification_loss, attention_matrix
+
+        with dispatch.recording() as calls:
+            output = self.mix(x)
+        maps = [attention_matrix(call) for call in calls]
+        self.auxiliary_loss = attention_diversification_loss(maps, threshold)
+        return output
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the loss of the last step, whose graph can neither be copied nor stored."""
+        state = dict(self.__dict__)
+        state.pop("auxiliary_loss", None)
+        return state
 
     def _check_map(self, name: str, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[-1] != self.dim:

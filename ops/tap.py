@@ -89,35 +89,45 @@ class TokenAwarePooling(Mixer, name="tap"):
         self.mixer = build_mixer(mixer, dim, **factory)
 
     def mix(self, x: Tensor) -> Tensor:
-        return self.mixer(self.norm(self._pooled(x, self.scales(x))))
+        return self.mixer(self.norm(pool_scales(x, self.scales(x))))
 
     def scales(self, x: Tensor) -> Tensor:
         """The share of each scale at every token, `(B, H, W, num_scales)`."""
         return (self.dilation_predictor(x) / self.temperature).softmax(-1)
 
-    def _pooled(self, x: Tensor, scales: Tensor) -> Tensor:
-        channels = x.shape[-1]
-        kernel = x.new_full((channels, 1, 3, 3), 1 / 9)
-        tokens = x * scales[..., :1]
-        for i in range(1, self.num_scales):
-            pooled = F.conv2d(
-                x.permute(0, 3, 1, 2), kernel, padding=i, dilation=i, groups=channels
-            ).permute(0, 2, 3, 1)
-            tokens = torch.addcmul(tokens, pooled, scales[..., i, None])
-        return tokens
-
     def _attention_map(self, x: Tensor, row: int, column: int) -> Tensor:
         scales = self.scales(x)
-        tokens = self.norm(self._pooled(x, scales))
+        tokens = self.norm(pool_scales(x, scales))
         weights = self.mixer.attention_map(tokens, (row, column)).movedim(1, -1)
         with torch.enable_grad():  # pooling is linear, and the same for all heads
             positions = torch.zeros_like(weights).requires_grad_()
-            pooled = self._pooled(positions, scales.to(weights.dtype))
+            pooled = pool_scales(positions, scales.to(weights.dtype))
         (found,) = torch.autograd.grad(pooled, positions, weights)
         return found.movedim(-1, 1)
 
     def extra_repr(self) -> str:
         return f"num_scales={self.num_scales}, temperature={self.temperature}"
+
+
+def pool_scales(x: Tensor, scales: Tensor) -> Tensor:
+    """A map averaged around every token, at the scales that the token chooses.
+
+    Args:
+        x: `(B, H, W, C)`.
+        scales: the share of each scale, `(B, H, W, num_scales)`.
+
+    Returns:
+        `(B, H, W, C)`.
+    """
+    channels = x.shape[-1]
+    kernel = x.new_full((channels, 1, 3, 3), 1 / 9)
+    tokens = x * scales[..., :1]
+    for i in range(1, scales.shape[-1]):
+        pooled = F.conv2d(
+            x.permute(0, 3, 1, 2), kernel, padding=i, dilation=i, groups=channels
+        ).permute(0, 2, 3, 1)
+        tokens = torch.addcmul(tokens, pooled, scales[..., i, None])
+    return tokens
 
 
 class ScalePredictor(nn.Module):
@@ -199,10 +209,11 @@ def with_attention_maps(module: nn.Module, *inputs: Any) -> tuple[Any, list[Tens
     """
     with dispatch.recording() as calls:
         output = module(*inputs)
-    return output, [_matrix(call) for call in calls]
+    return output, [attention_matrix(call) for call in calls]
 
 
-def _matrix(call: dispatch.Call) -> Tensor:
+def attention_matrix(call: dispatch.Call) -> Tensor:
+    """The map `(B, num_heads, queries, keys)` of a recorded call; see `with_attention_maps`."""
     query, key, value, *rest = call.args
     spatial = value.shape[1:-2]
     one_hot = torch.eye(spatial.numel(), dtype=value.dtype, device=value.device)

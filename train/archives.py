@@ -36,6 +36,7 @@ from vitarium.train.sources import (
     text_array,
 )
 
+_MOST_CLASSES = 1_000_000  # a larger number in a label is something else
 _PARALLEL_BYTES = 2**28  # archives of less than this are indexed without further processes
 
 
@@ -235,6 +236,8 @@ def _shard_entries(
             key, image, label = name, None, None
         suffix = suffix.lower()
         if f".{suffix}" in suffixes:
+            if image is not None:
+                raise ValueError(f"sample {key!r} of {path} has several images")
             image = member
         elif suffix == "cls" and target_key is None:
             label = _content(archive, member).decode().strip()
@@ -343,8 +346,10 @@ def _read_shards(paths: Sequence[Path], target_key: str | None) -> Labelled:
     if not numeric:
         return split
     # Numbers are indices by themselves: a class without an image here keeps its place.
-    numbers = np.array([int(name) for name in split.classes], np.int32)
-    count = int(numbers.max()) + 1 if len(numbers) else 0
+    numbers = np.array([int(name) for name in split.classes], np.int64)
+    count = int(numbers.max(initial=-1)) + 1
+    if count > _MOST_CLASSES:
+        raise ValueError(f"label {count - 1} in {paths[0].parent} is no index of a class")
     names = [str(number) for number in range(count)]
     for folder in {paths[0].parent, paths[0].parent.parent}:
         if (folder / "classnames.txt").is_file():
@@ -358,7 +363,7 @@ def _read_shards(paths: Sequence[Path], target_key: str | None) -> Labelled:
             names = listed
             break
     empty = [name for number, name in enumerate(names) if number not in set(numbers.tolist())]
-    return split._replace(labels=numbers[split.labels], classes=names, empty=empty)
+    return split._replace(labels=numbers[split.labels].astype(np.int32), classes=names, empty=empty)
 
 
 # --- both ----------------------------------------------------------------------------------------

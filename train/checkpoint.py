@@ -15,8 +15,9 @@
 
 A `.safetensors` file is a plain state dict in the names of the model, so timm's `checkpoint_path`
 and `vitarium.zoo.load_checkpoint` take it; its header holds the strings "model" (name in timm's
-registry) and, as JSON, "model_kwargs", "classes", "input" (`InputConfig`), "config" (YAML) and
-"metrics". The weights are the moving average where the run keeps one.
+registry) and, as JSON, "model_kwargs", "classes", "input" (`InputConfig`), "config" (YAML),
+"metrics" and, of a pruned model, "pruned" (`vitarium.zoo.pruned`). The weights are the moving
+average where the run keeps one.
 
 A `.training.pt` file is self-sufficient: it does not need the other files of its checkpoint, so
 there is no moment at which a pair of files disagrees, and it is the same whether one process wrote
@@ -45,6 +46,8 @@ from torch import Tensor, nn
 import vitarium.zoo  # noqa: F401  registers our models
 from vitarium.train.config import TrainConfig, nearest
 from vitarium.train.data import InputConfig
+from vitarium.zoo.pruned import Pruned, apply_pruned
+from vitarium.zoo.robust import ROBUST, make_robust
 
 WEIGHTS = ".safetensors"
 TRAINING = ".training.pt"
@@ -91,6 +94,7 @@ class Description:
         input: size and normalisation of the input.
         config: configuration of the run.
         metrics: figures of the evaluation at saving, if there was one.
+        pruned: layers that are narrower than in the model of that name.
     """
 
     model: str
@@ -99,10 +103,11 @@ class Description:
     input: InputConfig
     config: TrainConfig
     metrics: dict[str, Any]
+    pruned: Pruned = dataclasses.field(default_factory=dict)
 
     def to_header(self) -> dict[str, str]:
         """The description as strings, as the header of a safetensors file holds them."""
-        return {
+        header = {
             "format": "pt",
             "model": self.model,
             "model_kwargs": json.dumps(self.model_kwargs),
@@ -111,6 +116,7 @@ class Description:
             "config": self.config.to_yaml(),
             "metrics": json.dumps(self.metrics),
         }
+        return header | ({"pruned": json.dumps(self.pruned)} if self.pruned else {})
 
     @classmethod
     def from_header(cls, header: Mapping[str, str], origin: Path) -> Description:
@@ -128,6 +134,7 @@ class Description:
                 input=InputConfig(**{k: _tuple(v) for k, v in values.items()}),
                 config=TrainConfig.from_yaml(header["config"], f"configuration in {origin}"),
                 metrics=json.loads(header["metrics"]),
+                pruned=json.loads(header.get("pruned", "{}")),
             )
         except KeyError as error:
             raise ValueError(
@@ -177,11 +184,30 @@ def load_model(checkpoint: Path | str) -> tuple[nn.Module, Description]:
     description = Description.from_header(header, path)
     model = build_model(description.model, len(description.classes), description.model_kwargs)
     try:
+        apply_pruned(model, description.pruned)
         model.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"checkpoint {path} does not fit its model: {reason}") from None
     return model.eval(), description
+
+
+def pruned_of(checkpoint: Path | str) -> Pruned:
+    """What is pruned in the model of a weights file; nothing, for any other kind of file.
+
+    Raises:
+        ValueError: the header is malformed.
+    """
+    path = Path(checkpoint)
+    if path.suffix != WEIGHTS or not path.is_file():
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get("pruned", "{}"))
+    except (SafetensorError, OSError):
+        return {}  # whoever loads it says what is wrong
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} has a malformed header: {error}") from None
 
 
 def find_checkpoint(checkpoint: Path | str) -> Path:
@@ -204,21 +230,24 @@ def find_checkpoint(checkpoint: Path | str) -> Path:
 def build_model(
     name: str, num_classes: int, model_kwargs: Mapping[str, Any], pretrained: bool = False
 ) -> nn.Module:
-    """A model of timm's registry.
+    """A model of timm's registry, made more robust where `model_kwargs` asks for it.
+
+    Beside the model's own arguments there are those of `vitarium.zoo.robust.make_robust`.
 
     Raises:
         ValueError: the name is not registered, or the model refuses an argument.
     """
     if not timm.is_model(name.partition(".")[0]):
         raise ValueError(f"model={name!r} is not registered{nearest(name, timm.list_models())}")
+    robust = {key: model_kwargs[key] for key in ROBUST if key in model_kwargs}
+    own = {key: value for key, value in model_kwargs.items() if key not in ROBUST}
     try:
-        return timm.create_model(
-            name, pretrained=pretrained, num_classes=num_classes, **model_kwargs
-        )
+        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **own)
     except TypeError as error:
         if "keyword argument" not in str(error):
             raise
         raise ValueError(f"model {name!r} refuses model_kwargs={model_kwargs}: {error}") from None
+    return make_robust(model, **robust) if robust else model
 
 
 def save_training_state(path: Path, state: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from vitarium.train.options import (
     AugmentConfig,
     ConfigError,
     DistillationConfig,
+    DropPosConfig,
     OptimizerConfig,
     ProgressiveConfig,
     ScheduleConfig,
@@ -34,6 +35,7 @@ from vitarium.train.options import (
 TASKS = {
     "classification": "vitarium.train.task:Classification",
     "distillation": "vitarium.train.distill:Distillation",
+    "droppos": "vitarium.train.droppos:DropPos",
 }
 
 
@@ -120,13 +122,16 @@ class TrainConfig:
             set on disk); "torch:NAME@ROOT" (torchvision). Where there is one split, a fixed
             stratified fifth is held out.
         source: how images and labels are found there.
-        task: what is trained: "classification", or "distillation" from a teacher.
+        task: what is trained: "classification", "distillation" from a teacher, or "droppos"
+            (positions of patches, without labels, as pre-training).
         distillation: the teacher and how it is learned from, where that is the task.
+        droppos: settings of the task of that name.
         model: name of a model in timm's registry, ours or not.
         model_kwargs: further arguments of `timm.create_model`, such as `drop_path_rate`.
         pretrained: start from the published weights.
         initial_checkpoint: start from these weights: a file in official or in our names, an
-            address, or a run's folder; a classifier of other classes is left out.
+            address, or a run's folder; a classifier of other classes is left out, and layers that
+            were pruned stay so.
         freeze: what is not trained and computes as in evaluation: "backbone" for all but the
             classifier (a linear probe); a number n for the first n groups of timm's coarse
             `group_matcher`, of which the stem is the first; or names of modules or patterns of
@@ -168,6 +173,7 @@ class TrainConfig:
     source: SourceConfig = field(default_factory=SourceConfig)
     task: str = "classification"
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    droppos: DropPosConfig = field(default_factory=DropPosConfig)
     model: str = "dinat_nano"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
@@ -310,6 +316,7 @@ _GROUPS = {
     "optimizer": OptimizerConfig,
     "schedule": ScheduleConfig,
     "augment": AugmentConfig,
+    "droppos": DropPosConfig,
     "checkpoint": CheckpointConfig,
 }
 

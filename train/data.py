@@ -8,11 +8,15 @@ whether or not the run was interrupted before.
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import active_children
+from multiprocessing.sharedctypes import RawValue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,13 +40,16 @@ __all__ = [
     "InputConfig",
     "Samples",
     "Split",
+    "available_cores",
     "batches",
     "create_loader",
     "digit_image",
+    "finishing",
     "load_data",
     "random_erasing",
     "read_image",
     "seed_all",
+    "start_worker",
 ]
 
 ORDER, IMAGE, STEP, OTHER = range(4)  # what a seed is for; see `seed_all`
@@ -110,7 +117,11 @@ def seed_all(*numbers: int) -> None:
 
     Convention: (seed, one of ORDER, IMAGE, STEP and OTHER, further numbers): uses do not meet.
     """
-    torch.manual_seed(_seed_cpu(*numbers))
+    seed = _seed_cpu(*numbers)
+    if torch.accelerator.is_available():
+        torch.manual_seed(
+            seed
+        )  # looks at every kind of accelerator, which takes half a millisecond
 
 
 def _seed_cpu(*numbers: int) -> int:
@@ -178,7 +189,8 @@ class Samples(Dataset[Sample]):
         """The image to read, and those that are tried one after another if it is broken."""
         yield index
         if numbers:
-            draw = np.random.default_rng((OTHER, *numbers, index))
+            seed, *rest = numbers
+            draw = np.random.default_rng((seed, OTHER, *rest, index))
             for _ in range(_ATTEMPTS):
                 yield int(draw.integers(len(self)))
 
@@ -253,10 +265,49 @@ def _collate(samples: list[Sample]) -> _Batch:
     return _Batch(*fast_collate(whole), broken)
 
 
-def _start_worker(_: int) -> None:
-    # Ctrl-C and a cluster's SIGTERM reach every process; the main one decides when to stop.
+_FINISHED = RawValue("b", 0)  # shared with the worker processes
+
+
+def start_worker() -> Callable[[int], None]:
+    """What a worker process is to do first (`worker_init_fn`).
+
+    Ctrl-C and a cluster's SIGTERM reach every process; the main one decides when to stop. Until
+    it has, SIGTERM is ignored.
+    """
+    return partial(_start_worker, _FINISHED)
+
+
+def _start_worker(finished: Any, _: int) -> None:
+    def end_if_finished(*_: object) -> None:
+        if finished.value:
+            os._exit(0)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end_if_finished)
+
+
+def _end_workers() -> None:
+    _FINISHED.value = 1
+    for process in active_children():
+        if process.daemon:
+            process.terminate()
+
+
+def finishing(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The batches of a loader whose workers `start_worker` prepares.
+
+    If an error ends the program, they end with it: the interpreter would wait for them for ever.
+    """
+    iterator = iter(loader)
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)  # last, to be called before torch's own, which waits
+    yield from iterator
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def create_loader(samples: Samples, workers: int, **kwargs: Any) -> DataLoader[Any]:
@@ -264,13 +315,12 @@ def create_loader(samples: Samples, workers: int, **kwargs: Any) -> DataLoader[A
 
     No more than a worker per core is started: batches do not depend on their number.
     """
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux: the cores that we may use
-    workers = min(workers, len(affinity(0)) if affinity else os.cpu_count() or 1)
+    workers = min(workers, available_cores())
     return DataLoader(
         samples,
         num_workers=workers,
         collate_fn=_collate,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker(),
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         **kwargs,
@@ -287,7 +337,7 @@ def batches(loader: DataLoader[Any], device: torch.device) -> Iterator[tuple[Ten
         BrokenDataError: more images than allowed cannot be read; the message names some.
     """
     broken: BrokenImages = loader.dataset.broken  # type: ignore[attr-defined]
-    for batch in loader:
+    for batch in finishing(loader):
         broken.add(batch.broken)
         if batch.images is not None:
             yield (

@@ -62,13 +62,14 @@ def read_class_folders(root: Path) -> Labelled:
 
     Raises:
         FileNotFoundError: `root` holds no folder.
+        OSError: a folder cannot be listed.
     """
     suffixes = image_suffixes()
     names: list[str] = []
     labels: list[str] = []
     leaves: set[str] = set()
     ignored: Counter[str] = Counter()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=_raise, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))  # to walk so
         relative = os.path.relpath(folder, root)
         inside = relative != os.curdir
@@ -87,3 +88,7 @@ def read_class_folders(root: Path) -> Labelled:
     indices, classes = number_labels(labels)
     empty = sorted(leaves - set(classes))
     return Labelled(Files(root, text_array(names)), indices, classes, empty, dict(ignored))
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -45,6 +45,20 @@ def image_name(image: AnyImage, index: int) -> str:
     return str(image) if isinstance(image, Path) else image.name
 
 
+class Decoded(NamedTuple):
+    """An image and how it was stored.
+
+    Args:
+        image: the pixels, in RGB.
+        mode: Pillow's name for the kind of pixels that were stored, such as "CMYK".
+        size: of the encoded image in bytes; 0 for an image in memory.
+    """
+
+    image: Image.Image
+    mode: str
+    size: int
+
+
 def read_image(image: AnyImage) -> Image.Image:
     """The image in RGB, as timm's `ImageDataset` has it: the first frame, unturned by EXIF.
 
@@ -55,15 +69,20 @@ def read_image(image: AnyImage) -> Image.Image:
         FileNotFoundError: there is no such file.
         ValueError: it holds no image that can be read.
     """
+    return decode_image(image).image
+
+
+def decode_image(image: AnyImage) -> Decoded:
+    """`read_image`, and how the image was stored."""
     if isinstance(image, Image.Image):
-        return image.convert("RGB") if image.mode != "RGB" else image
+        return Decoded(image if image.mode == "RGB" else _to_rgb(image), image.mode, 0)
     name = image_name(image, 0)
     try:
-        stored = image if isinstance(image, Path) else image.read()
+        stored = image.read_bytes() if isinstance(image, Path) else image.read()
         if isinstance(stored, Image.Image):
-            return to_rgb(stored)
-        with Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored) as opened:
-            return to_rgb(opened)
+            return Decoded(_to_rgb(stored), stored.mode, 0)
+        with Image.open(io.BytesIO(stored)) as opened:
+            return Decoded(_to_rgb(opened), opened.mode, len(stored))
     except FileNotFoundError:
         raise FileNotFoundError(f"image {name} does not exist") from None
     except MemoryError:
@@ -78,17 +97,12 @@ def _without_address(reason: str) -> str:
     return "cannot identify image file" if reason.startswith("cannot identify image") else reason
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB; decodes it.
-
-    Raises:
-        OSError, ValueError, ...: what Pillow raises on damaged files.
-    """
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours; straight to RGB, Pillow warns
-    return image.convert("RGB")
+    return image.convert("RGB")  # a copy, which outlives the file
 
 
 class BrokenDataError(ValueError):

@@ -1,4 +1,7 @@
-"""Stopping a run from outside: Ctrl-C, or the SIGTERM of a cluster that takes a machine back."""
+"""Stopping a run from outside: Ctrl-C, or the signal of a cluster that takes a machine back.
+
+That is SIGTERM, or SIGUSR1 where SLURM is asked for it (`--signal=B:USR1@120`).
+"""
 
 from __future__ import annotations
 
@@ -32,10 +35,10 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Within the block, SIGINT and SIGTERM are noted instead of ending the process.
+    """Within the block, SIGINT, SIGTERM and SIGUSR1 are noted instead of ending the process.
 
-    A second SIGINT raises KeyboardInterrupt at once. Outside the main thread, where Python allows
-    no handlers, nothing is changed.
+    A second SIGINT raises KeyboardInterrupt at once; others change nothing more. Outside the main
+    thread, where Python allows no handlers, nothing is changed.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -47,7 +50,9 @@ def stop_on_signal() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.signum = signum
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    names = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last is not on Windows
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    previous = {number: signal.signal(number, note) for number in numbers}
     try:
         yield request
     finally:

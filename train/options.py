@@ -240,3 +240,37 @@ class DistillationConfig:
         if self.teacher is None:
             checkpoint = self.checkpoint
             require(checkpoint is None, "distillation.checkpoint", checkpoint, "null (no teacher)")
+
+
+@dataclass
+class DropPosConfig:
+    """Position reconstruction (arXiv 2309.03576), for the task "droppos".
+
+    Args:
+        mask_ratio: part of the patches that is not seen.
+        position_mask_ratio: part of the seen ones whose positions are dropped and asked for.
+        decoder_depth: blocks of the decoder.
+        decoder_dim: its width; the model's own if null.
+        decoder_num_heads: its heads; the model's own if null.
+        sigma: width of position smoothing at the start, in patches; it falls linearly to 0.
+        temperature: of attentive reconstruction; null weighs all patches alike.
+    """
+
+    mask_ratio: float = 0.75
+    position_mask_ratio: float = 0.75
+    decoder_depth: int = 2
+    decoder_dim: int | None = None
+    decoder_num_heads: int | None = None
+    sigma: float = 1.0
+    temperature: float | None = 0.1
+
+    def __post_init__(self) -> None:
+        number("droppos.mask_ratio", self.mask_ratio, 0, 0.99)
+        number("droppos.position_mask_ratio", self.position_mask_ratio, 0.01, 1)
+        integer("droppos.decoder_depth", self.decoder_depth, 0)
+        for name in ("decoder_dim", "decoder_num_heads"):
+            if getattr(self, name) is not None:
+                integer(f"droppos.{name}", getattr(self, name), 1)
+        number("droppos.sigma", self.sigma)
+        if self.temperature is not None:
+            number("droppos.temperature", self.temperature, 1e-3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -42,6 +44,21 @@ def input_config(network: nn.Module, config: TrainConfig) -> InputConfig:
         interpolation=resolved["interpolation"],
         crop_pct=resolved["crop_pct"] if config.crop_pct is None else config.crop_pct,
     )
+
+
+def share_batch(config: TrainConfig, state: Mapping[str, Any], processes: int) -> TrainConfig:
+    """The configuration of a saved run with its batch shared among so many processes.
+
+    Raises:
+        ConfigError: it cannot be shared equally.
+    """
+    total = state.get("total_batch", config.batch_size * processes)
+    if total % processes:
+        raise ConfigError(
+            f"the run has batches of {total} images over all processes, which {processes} "
+            "processes cannot share equally; resume with a number that divides it"
+        )
+    return dataclasses.replace(config, batch_size=total // processes)
 
 
 def create_loaders(

@@ -109,8 +109,15 @@ class StoredImages(Sequence[AnyImage]):
 
 
 def text_array(texts: Sequence[str]) -> np.ndarray:
-    """Strings of any length in one array, a fraction of the size of a list of them."""
-    return np.array(texts, dtype=np.dtypes.StringDType())
+    """Strings of any length in one array, a fraction of the size of a list of them.
+
+    Raises:
+        ValueError: a file name is not UTF-8.
+    """
+    try:
+        return np.array(texts, dtype=np.dtypes.StringDType())
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the file name {error.object!r} is not UTF-8") from None
 
 
 def number_labels(labels: Iterable[str]) -> tuple[np.ndarray, list[str]]:
@@ -135,14 +142,14 @@ def load_data(source: str, options: SourceConfig | None = None) -> ImageData:
         options: which splits, classes and columns to take; the defaults if None.
 
     Raises:
-        ValueError: the scheme is unknown, or what is there cannot be trained on.
+        ValueError: the scheme is unknown, or what is there cannot be trained on, or the package
+            that reads it is not installed.
         FileNotFoundError: something is missing: the data, a split, the images of a class.
-        ImportError: a package that reads this kind of data is not installed.
     """
     options = options or SourceConfig()
     splits = find_splits(source, options)
-    name = _choose(source, splits, "train_split", options.train_split, TRAIN_NAMES)
-    held_out_name = _choose(source, splits, "val_split", options.val_split, VAL_NAMES)
+    name = choose_split(source, splits, "train_split", options.train_split, TRAIN_NAMES)
+    held_out_name = choose_split(source, splits, "val_split", options.val_split, VAL_NAMES)
     if name is None:
         if len(splits) > 1:
             raise ValueError(
@@ -160,7 +167,9 @@ def load_data(source: str, options: SourceConfig | None = None) -> ImageData:
     train = _with_class_map(source, _checked(source, splits[name]()), options)
     if options.val_data is not None:
         other = find_splits(options.val_data, options)
-        other_name = _choose(options.val_data, other, "val_split", options.val_split, VAL_NAMES)
+        other_name = choose_split(
+            options.val_data, other, "val_split", options.val_split, VAL_NAMES
+        )
         if other_name is None:
             if len(other) > 1:
                 raise ValueError(
@@ -179,7 +188,7 @@ def find_splits(source: str, options: SourceConfig) -> Splits:
     """The splits of a source by their own names, or one split by the name "".
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: as `load_data`.
+        ValueError, FileNotFoundError: as `load_data`.
     """
     scheme, _, argument = source.partition(":")
     if scheme not in SCHEMES:
@@ -204,7 +213,7 @@ def existing_path(scheme: str, argument: str) -> Path:
     return path
 
 
-def _choose(
+def choose_split(
     source: str, splits: Splits, key: str, wanted: str | None, names: Sequence[str]
 ) -> str | None:
     """The split to take: the wanted one, else the first of `names` that exists."""

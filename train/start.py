@@ -10,9 +10,10 @@ import torch
 from timm.models import group_parameters
 from torch import nn
 
-from vitarium.train.checkpoint import build_model, find_checkpoint
+from vitarium.train.checkpoint import build_model, find_checkpoint, pruned_of
 from vitarium.train.config import ConfigError, TrainConfig, nearest
 from vitarium.zoo import load_checkpoint
+from vitarium.zoo.pruned import apply_pruned
 
 _LOG = logging.getLogger("vitarium.train")
 
@@ -45,6 +46,7 @@ def _load(network: nn.Module, checkpoint: str) -> None:
     """All weights; or all but the classifier, if that is of another number of classes."""
     source = find_checkpoint(checkpoint) if Path(checkpoint).is_dir() else checkpoint
     try:
+        apply_pruned(network, pruned_of(source))
         report = load_checkpoint(network, source)
     except ValueError as error:
         try:

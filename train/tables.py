@@ -53,13 +53,14 @@ def find_hugging_face(argument: str, options: SourceConfig) -> Splits:
     access.
 
     Raises:
-        ImportError: Hugging Face's `datasets` is not installed.
+        ValueError: Hugging Face's `datasets` is not installed, or cannot read what is there.
+        FileNotFoundError: there is nothing of the kind.
     """
     path = existing_path("hfds", argument)
     try:
         import datasets
     except ImportError:
-        raise ImportError(
+        raise ValueError(
             f"data='hfds:{argument}' needs Hugging Face's datasets: pip install 'vitarium[data]'"
         ) from None
     stored = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))

@@ -36,9 +36,14 @@ class Task:
             are about: `network`, or a module that has it beside further ones with parameters.
             Its forward pass is what `loss` is given, and all that may use parameters.
         inputs: size and normalisation of the images.
+        of_classes: whether the evaluation is of the images' classes.
+        progress: part of all steps that is done; the loop sets it before every step.
         frozen: parts of `network` that are not trained.
         sizes: height and width of the training images, for every epoch.
     """
+
+    of_classes = True
+    progress = 0.0
 
     network: nn.Module
     module: nn.Module

@@ -77,8 +77,8 @@ class Tracker:
                 self.writers.append(_WeightsAndBiases(facts, self.history))
         return self
 
-    def epoch(self, record: Record, evaluation: Evaluation) -> None:
-        """After an epoch: its figures, and what the model answered on the held-out images."""
+    def epoch(self, record: Record, evaluation: Evaluation | None) -> None:
+        """After an epoch: its figures, and what the model took the held-out images for."""
         self.history.append(record)
         self.evaluation = evaluation
         for writer in self.writers:

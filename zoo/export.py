@@ -136,7 +136,7 @@ def trace(
         raise ValueError(
             f"image_size={tuple(image_size)} and batch_size={batch_size} must be at least 1"
         )
-    model = model.eval()
+    model.eval()
     axes = {a: n for a, n in _AXES.items() if (batch_size is None if a == 0 else dynamic_size)}
     # Exporters take a batch of one for a constant.
     images = torch.zeros(batch_size or 2, in_chans, *image_size)

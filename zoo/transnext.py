@@ -85,10 +85,12 @@ class ConvolutionalGLU(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Two products: the convolution reads a map whose channels lie together.
-        gate_weight, value_weight = self.fc1.weight.chunk(2)
-        gate_bias, value_bias = self.fc1.bias.chunk(2)
-        gate, value = linear(x, gate_weight, gate_bias), linear(x, value_weight, value_bias)
+        if self.fc1._forward_hooks:  # whoever watches the layer, to prune it say, is to see it
+            gate, value = self.fc1(x).chunk(2, -1)
+        else:
+            # Two products: the convolution reads a map whose channels lie together.
+            weights, biases = self.fc1.weight.chunk(2), self.fc1.bias.chunk(2)
+            gate, value = (linear(x, *part) for part in zip(weights, biases))
         gate = self.dwconv(gate.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.drop2(self.fc2(self.drop1(self.act(gate) * value)))
 

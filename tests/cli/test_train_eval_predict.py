@@ -185,7 +185,9 @@ def bad(tmp_path_factory, folders: Path, digits_run: Path) -> Path:
     (root / "no_run").mkdir()
     (root / "bad_state").mkdir()
     (root / "bad_state" / "config.yaml").write_text((digits_run / "config.yaml").read_text())
-    (root / "bad_state" / "last.training.pt").write_bytes(b"PK\x03\x04 not a zip")
+    (root / "bad_state" / "checkpoints").mkdir()
+    state = root / "bad_state" / "checkpoints" / "step-00000001.training.pt"
+    state.write_bytes(b"PK\x03\x04 not a zip")
     return root
 
 
@@ -229,7 +231,7 @@ WRONG = [
     ("train --resume {run} --epochs 3", 2, "leave out epochs"),
     ("train --resume {bad}/nowhere", 1, "nowhere holds no run"),
     ("train --resume {bad}/no_run", 1, "no_run holds no run"),
-    ("train --resume {bad}/bad_state", 1, "last.training.pt cannot be read"),
+    ("train --resume {bad}/bad_state", 1, "step-00000001.training.pt cannot be read"),
     ("train --config digits --output {run}", 1, "holds a run already"),
     ("train --config digits --output {bad}/typo.yaml", 1, "typo.yaml"),
     ("train --model dinat_nono", 1, "model='dinat_nono' is not registered"),

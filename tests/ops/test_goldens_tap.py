@@ -23,6 +23,7 @@ from vitarium.ops import (
     build_mixer,
     with_attention_maps,
 )
+from vitarium.ops.tap import pool_scales
 
 FOLDER = Path(__file__).parents[1] / "data" / "parity" / "ops"
 BLOCKS = sorted(FOLDER.glob("tap_*_block*.json.xz"))
@@ -279,13 +280,10 @@ def test_loss_is_of_the_maps_of_a_model():
 @torch.no_grad()
 def test_pools_are_averages_with_zeros_around():
     """On a map of ones the pools say how much of them lies inside; a corner sees four ninths."""
-    mixer = TokenAwarePooling(
-        4, num_scales=3, norm_layer=None, mixer=("attention", {"num_heads": 1})
-    )
     ones = torch.ones(1, 5, 6, 4)
     for i, corner in enumerate((1, 4 / 9, 4 / 9)):
         scales = F.one_hot(torch.full((1, 5, 6), i), 3).float()
-        pooled = mixer._pooled(ones, scales)
+        pooled = pool_scales(ones, scales)
         assert pooled[0, 0, 0].tolist() == pytest.approx([corner] * 4)
         assert pooled[0, 2, 3].tolist() == pytest.approx([1] * 4)
 

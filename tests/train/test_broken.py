@@ -8,6 +8,9 @@ import os
 import shutil
 import signal
 import struct
+import subprocess
+import sys
+import tarfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -224,6 +227,21 @@ def test_processes_share_what_they_found(tmp_path: Path) -> None:
         after.share(lambda found: [*found, ("d", "image d cannot be read")])
 
 
+def test_an_error_ends_the_program_and_its_workers(tmp_path: Path) -> None:
+    """Workers ignore the SIGTERM of a cluster, but not that of their program's end."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch\n"
+        "from vitarium.train.data import Samples, batches, create_loader, load_data\n"
+        "loader = create_loader(Samples(load_data('digits').train, len), 1, batch_size=8)\n"
+        "for _ in batches(loader, torch.device('cpu')):\n"
+        "    pass\n"
+    )
+    command = [sys.executable, str(script)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 1 and "TypeError" in process.stderr
+
+
 # --- evaluation ----------------------------------------------------------------------------------
 
 
@@ -305,6 +323,20 @@ def test_too_many_broken_images_stop_a_run(folder, tmp_path: Path, capsys) -> No
     assert len(recorded(tmp_path / "run")) == 3
     assert all(name in message for name in recorded(tmp_path / "run"))
     assert "Traceback" not in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_broken_members_of_archives_are_named(folder, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        for path in sorted(folder[0].rglob("*.png")):
+            archive.add(path, f"{path.parent.name}/{path.name}")
+    data = load_data(f"tar:{tmp_path}/all.tar", SourceConfig(max_broken=6))
+    for split in (data.train, data.held_out):
+        list(batches(create_loader(Samples(split, INPUTS.transform(), data.broken), 0), CPU))
+    names = [f"{tmp_path}/all.tar{name.removeprefix(str(folder[0]))}" for name in folder[1]]
+    assert sorted(data.broken.found) == names
+    os.truncate(tmp_path / "all.tar", 2000)  # after it was indexed
+    with pytest.raises(ValueError, match=r"all\.tar/class_.* cannot be read: the archive ends"):
+        read_image(max(data.train.images, key=lambda image: image.name))
 
 
 def test_a_file_that_vanishes_is_broken(folder, tmp_path: Path) -> None:

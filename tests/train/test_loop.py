@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +21,18 @@ import torch
 from safetensors.torch import load_file
 
 from vitarium.train import Interrupted, TrainConfig, evaluate, resume, train
-from vitarium.train.checkpoint import load_training_state
+from vitarium.train.checkpoint import load_training_state, state_paths
 from vitarium.train.config import OptimizerConfig
 from vitarium.train.loop import _Run
 
 EPOCHS, STEPS_PER_EPOCH = 3, 3  # of `tiny_config`
+MEASURED = (
+    "seconds",
+    "images_per_second",
+    "data_wait",
+    "peak_memory_device",
+    "peak_memory_resident",
+)
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 posix_signals = pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
 
@@ -42,14 +50,14 @@ def leaves(state: Any, name: str = "") -> dict[str, Any]:
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Both ended with the same weights, optimizer, moving average and metrics, to the last bit."""
-    for file in ("last.training.pt", "best.training.pt"):
+    for file in [path.relative_to(one) for path in state_paths(one)]:
         states = [leaves(load_training_state(run / file)) for run in (one, other)]
         assert states[0].keys() == states[1].keys()
         assert sum(isinstance(value, torch.Tensor) for value in states[0].values()) > 100
         for name, value in states[0].items():
             if isinstance(value, torch.Tensor):
                 assert torch.equal(value, states[1][name]), name
-            elif name != "/seconds":
+            elif name.rpartition("/")[2] not in MEASURED:
                 assert value == states[1][name], name
     for file in ("last.safetensors", "best.safetensors"):
         weights = [load_file(run / file) for run in (one, other)]
@@ -58,9 +66,13 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The run's records without the time."""
+    """The run's records without what is measured anew each time."""
     with open(run / "metrics.jsonl") as file:
-        return [{**json.loads(line), "seconds": None} for line in file]
+        return [{**json.loads(line), **dict.fromkeys(MEASURED)} for line in file]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def random_states() -> list[Any]:
@@ -81,7 +93,7 @@ def record_batches(patch: pytest.MonkeyPatch, batches: list[Any]) -> None:
     """Note every batch that is trained on."""
     original = _Run._train_step
 
-    def step(self: _Run, images: torch.Tensor, targets: torch.Tensor) -> float:
+    def step(self: _Run, images: torch.Tensor, targets: torch.Tensor) -> None:
         batches.append((self.step, images.clone(), targets.clone()))
         return original(self, images, targets)
 
@@ -92,7 +104,7 @@ def send_at_step(patch: pytest.MonkeyPatch, at: int, signum: int) -> None:
     """Send this process a signal while step number `at` runs."""
     original = _Run._train_step
 
-    def step(self: _Run, images: torch.Tensor, targets: torch.Tensor) -> float:
+    def step(self: _Run, images: torch.Tensor, targets: torch.Tensor) -> None:
         if self.step == at:
             os.kill(os.getpid(), signum)
         return original(self, images, targets)
@@ -103,13 +115,15 @@ def send_at_step(patch: pytest.MonkeyPatch, at: int, signum: int) -> None:
 def test_a_run_leaves_what_it_says(whole, tiny_config: TrainConfig) -> None:
     folder = whole[0]
     assert sorted(os.listdir(folder)) == [
+        "README.md",
         "best.safetensors",
-        "best.training.pt",
+        "checkpoints",
         "config.yaml",
         "curves.png",
         "last.safetensors",
-        "last.training.pt",
         "metrics.jsonl",
+        "report.html",
+        "tensorboard",
         "train.log",
     ]
     assert (folder / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -239,15 +253,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_config: TrainConfig, tmp_p
 
 
 def test_a_run_is_never_written_over(whole, tiny_config: TrainConfig) -> None:
-    before = {path.name: path.read_bytes() for path in whole[0].iterdir()}
+    before = contents(whole[0])
     with pytest.raises(FileExistsError, match="holds a run already"):
         train(tiny_config, output=whole[0])
-    assert {path.name: path.read_bytes() for path in whole[0].iterdir()} == before
+    assert contents(whole[0]) == before
 
 
 def test_resume_refuses_other_data(whole, tiny_config: TrainConfig, tmp_path: Path) -> None:
-    for path in whole[0].iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     changed = dataclasses.replace(tiny_config, data="digits").to_yaml()
     (tmp_path / "config.yaml").write_text(changed)
     with pytest.raises(ValueError, match="was trained on"):
@@ -298,8 +311,8 @@ def test_losses_of_mixers_are_trained_with(tiny_config: TrainConfig) -> None:
         run.model.train()
         (images, targets, *_), *_ = run.loader
         before = run.network.stages[0].blocks[0].mixer.router.wg.weight.clone()
-        loss = run._train_step(images, targets)
-        return loss, run.network.stages[0].blocks[0].mixer.router.wg.weight - before
+        run._train_step(images, targets)
+        return run.watch.loss, run.network.stages[0].blocks[0].mixer.router.wg.weight - before
 
     (plain, change), (balanced, other) = first_step(0.0), first_step(10.0)
     assert 5 < balanced - plain < 20  # about 1 where heads are chosen alike

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import struct
+import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,7 +110,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The images as Hugging Face data sets on disk."""
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     root = tmp_path_factory.mktemp("tables")
     datasets.config.HF_DATASETS_CACHE = root / "cache"
     features = datasets.Features(
@@ -261,6 +264,34 @@ def test_torchvision(mnist: Path) -> None:
         assert read_image(ours).tobytes() == image.convert("RGB").tobytes()
 
 
+def test_torchvision_by_the_names_of_splits(tmp_path: Path) -> None:
+    root = tmp_path / "gtsrb"
+    rows = ["Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;Filename;ClassId"]
+    for number in range(6):
+        folders = (root / "GTSRB/Training" / f"{number % 2:05}", root / "GTSRB/Final_Test/Images")
+        for seed, folder in enumerate(folders):
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(drawn("train", seed, number)).save(folder / f"{number:05}.ppm")
+        rows.append(f"9;6;0;0;9;6;{number:05}.ppm;{number % 2}")
+    (root / "GT-final_test.csv").write_text("\n".join(rows))
+    data = load_data(f"torch:GTSRB@{tmp_path}")
+    assert data.classes == ["0", "1"]
+    assert contents(data.train) == sorted((drawn("train", 0, i).tobytes(), i % 2) for i in range(6))
+    assert contents(data.held_out) == sorted(
+        (drawn("train", 1, i).tobytes(), i % 2) for i in range(6)
+    )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes there")
+def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        with open(os.fsencode(tmp_path / label) + b"/\xff.png", "wb") as file:
+            file.write(encoded(drawn("train", 0, 0)))
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        load_data(f"folder:{tmp_path}")
+
+
 def test_class_maps(stored: Path, tmp_path: Path) -> None:
     """Which classes there are and in which order; the rest is left out, as timm does."""
     options = SourceConfig(class_map=str(stored / "map.txt"))
@@ -320,6 +351,8 @@ def bad(tmp_path_factory: pytest.TempPathFactory, stored: Path) -> Path:
     write_tar(root / "no_image.tar", [("1.cls", b"0")])
     write_tar(root / "no_json.tar", [("1.png", png), ("1.json", b"[1")])
     write_tar(root / "list.tar", [("1.png", png), ("1.json", b'{"label": [1, 2]}')])
+    write_tar(root / "date.tar", [("1.png", png), ("1.cls", b"20240131")])
+    write_tar(root / "two.tar", [("1.png", png), ("1.jpg", png), ("1.cls", b"0")])
     (root / "info").mkdir()
     (root / "info" / "_info.json").write_text('{"splits": 3}')
     (root / "mixed").mkdir()
@@ -358,6 +391,8 @@ WRONG = [
     ("wds:{bad}/no_image.tar", {}, "sample '1' of {bad}/no_image.tar has no image"),
     ("wds:{bad}/no_json.tar", {}, "the .json of sample '1'"),
     ("wds:{bad}/list.tar", {}, "is no class: [1, 2]"),
+    ("wds:{bad}/date.tar", {}, "label 20240131 in {bad} is no index of a class"),
+    ("wds:{bad}/two.tar", {}, "sample '1' of {bad}/two.tar has several images"),
     ("wds:{bad}/info", {}, "does not list the shards"),
     ("wds:{bad}/mixed", {}, "others do not: other.tar"),
     ("folder:{bad}/more", {}, "different classes: c"),
@@ -401,6 +436,12 @@ def test_wrong_sources(
         load_data(fill(source), SourceConfig(**chosen))
     assert fill(message) in str(error.value) and "\n" not in str(error.value)
     assert sorted(bad.rglob("*")) == before
+
+
+def test_without_hugging_face(tables: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"pip install 'vitarium\[data\]'"):
+        load_data(f"hfds:{tables}/saved")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from vitarium.train.checkpoint import write_text
 from vitarium.train.run_page import RunFacts, best_record, read_template
 
 CARD = "README.md"
+_CLASSIFIES = ("classification", "distillation")  # tasks whose figures are of the classes
 MARK = "<!-- Written by vitarium, and again when the run goes on, as long as this line is here. -->"
 _LOG = logging.getLogger("vitarium.train")
 
@@ -40,14 +41,15 @@ def model_card(facts: RunFacts, history: Sequence[Mapping[str, Any]]) -> ModelCa
     data = _data_name(config.data)
     cfg = timm.get_pretrained_cfg(config.model) if config.pretrained else None
     stated = getattr(cfg, "license", None)
+    classifies = config.task in _CLASSIFIES
     license = None if stated in (None, "", "none stated") else stated
     card_data = ModelCardData(
         license=license,
         library_name="timm",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "vitarium"],
+        pipeline_tag="image-classification" if classifies else "image-feature-extraction",
+        tags=["image-classification" if classifies else config.task, "timm", "vitarium"],
         datasets=[data],
-        metrics=["accuracy"],
+        metrics=["accuracy"] if classifies else None,
         base_model=getattr(cfg, "hf_hub_id", None) or None,
         model_name=facts.folder.resolve().name,
         eval_results=[
@@ -66,7 +68,7 @@ def model_card(facts: RunFacts, history: Sequence[Mapping[str, Any]]) -> ModelCa
                 ("accuracy_top5", "accuracy", "top-5 accuracy"),
                 ("loss", "loss", "cross-entropy in nats"),
             )
-            if best.get(key) is not None
+            if classifies and best.get(key) is not None
         ],
     )
     # Not ModelCard.from_template: its Jinja keeps the lines of statements, which breaks tables.
@@ -78,6 +80,8 @@ def model_card(facts: RunFacts, history: Sequence[Mapping[str, Any]]) -> ModelCa
         mark=MARK,
         name=facts.folder.resolve().name,
         model=config.model,
+        task=config.task,
+        classifies=classifies,
         model_kwargs="".join(f", {k}={v!r}" for k, v in config.model_kwargs.items()),
         num_classes=len(facts.data.classes),
         pretrained=config.pretrained,

@@ -11,14 +11,21 @@ and none is missing, wherever the process before it was killed.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import math
+import platform
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import scalar
 
 from vitarium.train.checkpoint import write_text
 from vitarium.train.config import ConfigError
@@ -88,6 +95,7 @@ class Tracker:
             self.drawn = time.monotonic()
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        del rest  # holds the frames of the loop
         try:
             if self.enabled and self.history:
                 self._draw()
@@ -104,6 +112,9 @@ class Tracker:
     def _draw(self) -> None:
         learning_curves(self.history, self.facts.folder / "curves.png")
         write_run_page(self.facts, self.history, self.evaluation)
+        # Matplotlib's layout leaves cycles that hold the frames of its callers, down to the loop's:
+        # its loaders would live on, and at exit wait forever for workers that nobody has told.
+        gc.collect()
 
 
 def figures(record: Record) -> Iterator[tuple[str, float]]:
@@ -115,37 +126,43 @@ def figures(record: Record) -> Iterator[tuple[str, float]]:
 
 
 class _TensorBoard:
-    """Event files, written anew from the history when a run goes on.
+    """An event file, written anew from the history when a run goes on.
 
     Appending would leave the points of repeated epochs twice in the files, or, after a kill, lack
-    those that were not flushed.
+    those that were not flushed. It is written at once and not by torch's `SummaryWriter`, whose
+    thread does not go well with the worker processes that loaders fork.
     """
 
     _SUFFIX = ".vitarium"
 
     def __init__(self, folder: Path, history: Sequence[Record]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+        folder.mkdir(exist_ok=True)
         for path in folder.glob(f"events.out.tfevents.*{self._SUFFIX}"):
             path.unlink()
-        # purge_step tells a TensorBoard that is looking on to forget what it has read.
-        purge = 0 if history else None
-        self.writer = SummaryWriter(str(folder), purge_step=purge, filename_suffix=self._SUFFIX)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{platform.node()}{self._SUFFIX}"
+        self.file = open(folder / name, "wb")  # noqa: SIM115  closed by `close`
+        self.writer = RecordWriter(self.file)
         now, last = time.time(), history[-1]["seconds"] if history else 0.0
+        self._write(now, file_version="brain.Event:2")
+        if history:  # a TensorBoard that is looking on forgets what it has read
+            self._write(now, session_log=SessionLog(status=SessionLog.START))
         for record in history:  # on the clock of the training, without the pauses
-            self._write(record, now - (last - record["seconds"]))
-        self.writer.flush()
+            self._write_figures(record, now - (last - record["seconds"]))
+        self.file.flush()
 
     def add(self, record: Record) -> None:
-        self._write(record, time.time())
-        self.writer.flush()
+        self._write_figures(record, time.time())
+        self.file.flush()
 
-    def _write(self, record: Record, wall_time: float) -> None:
-        for name, value in figures(record):
-            self.writer.add_scalar(name, value, record["step"], walltime=wall_time)
+    def _write_figures(self, record: Record, wall_time: float) -> None:
+        values = [scalar(name, value).value[0] for name, value in figures(record)]
+        self._write(wall_time, step=record["step"], summary=Summary(value=values))
+
+    def _write(self, wall_time: float, **content: Any) -> None:
+        self.writer.write(Event(wall_time=wall_time, **content).SerializeToString())
 
     def close(self) -> None:
-        self.writer.close()
+        self.file.close()
 
 
 class _WeightsAndBiases:

@@ -256,7 +256,7 @@ WRONG = [
         "class_1/",
     ),
     ("train --batch_size 5000", 1, "batch_size=5000"),
-    ("eval", 2, "checkpoint"),
+    ("eval", 2, "model"),
     ("eval {bad}/nowhere", 1, "nowhere does not exist"),
     ("eval {bad}/no_run", 1, "no_run holds no checkpoint"),
     ("eval {bad}/truncated.safetensors", 1, "truncated.safetensors cannot be read"),
@@ -312,7 +312,9 @@ def test_wrong_calls_leave_no_run_behind(bad: Path, tmp_path: Path, monkeypatch,
 def test_errors_of_a_process(vitarium: Run) -> None:
     process = vitarium("eval", "nowhere")
     assert (process.returncode, process.stdout) == (1, "")
-    assert process.stderr == "vitarium: error: checkpoint nowhere does not exist\n"
+    assert process.stderr == (
+        "vitarium: error: checkpoint nowhere does not exist, and timm knows no model of this name\n"
+    )
     shown = vitarium("--traceback", "eval", "nowhere")
     assert shown.returncode == 1 and "Traceback" in shown.stderr
 

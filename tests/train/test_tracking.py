@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import signal
 import sys
 import types
 from html.parser import HTMLParser
@@ -96,17 +98,19 @@ def test_other_processes_write_nothing(facts: RunFacts) -> None:
     assert list(facts.folder.iterdir()) == []
 
 
+posix_signals = pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
+
+
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory, tiny_config: TrainConfig) -> Path:
     """A run that was stopped in its second epoch and went on to its end."""
     folder = tmp_path_factory.mktemp("resumed") / "run"
     original = _Run._train_step
 
-    def step(self: _Run, images: torch.Tensor, targets: torch.Tensor) -> Any:
+    def step(self: _Run, *batch: Any) -> Any:
         if self.step == 4:
-            self.save("last", {})
-            raise Interrupted(15, self.folder, self.step)
-        return original(self, images, targets)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *batch)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_Run, "_train_step", step)
@@ -117,6 +121,7 @@ def resumed(tmp_path_factory, tiny_config: TrainConfig) -> Path:
     return folder
 
 
+@posix_signals
 def test_a_real_run(resumed: Path) -> None:
     history = [json.loads(line) for line in (resumed / "metrics.jsonl").read_text().splitlines()]
     found = points(resumed / "tensorboard")
@@ -129,6 +134,7 @@ def test_a_real_run(resumed: Path) -> None:
     assert points(resumed / "tensorboard") == found
 
 
+@posix_signals
 def test_loading_as_the_card_says(resumed: Path, monkeypatch) -> None:
     card = ModelCard.load(str(resumed / "README.md"))
     code = re.findall(r"```python\n(.*?)```", card.content, re.DOTALL)
@@ -265,14 +271,8 @@ def test_pages_are_drawn_once_a_minute_and_at_the_end(facts: RunFacts, monkeypat
     now = [1000.0]
     monkeypatch.setattr(tracking_module.time, "monotonic", lambda: now[0])
     drawn: list[int] = []
-    original = tracking_module.write_run_page
-    monkeypatch.setattr(
-        tracking_module,
-        "write_run_page",
-        lambda facts, history, evaluation: (
-            drawn.append(len(history)), original(facts, history, evaluation)
-        ),
-    )  # fmt: skip
+    monkeypatch.setattr(tracking_module, "write_run_page", lambda _, h, __: drawn.append(len(h)))
+    monkeypatch.setattr(tracking_module, "learning_curves", lambda *_: None)
     evaluation = answers(facts)
     with Tracker(facts, [], enabled=True) as tracker:
         for epoch in range(1, 10):
@@ -315,6 +315,19 @@ def test_the_card_is_valid_and_has_the_figures(facts: RunFacts) -> None:
     assert "| commit |" in card.content
     for table in re.findall(r"(?:^\|.*\n)+", card.content, re.MULTILINE):
         assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_other_tasks_claim_no_accuracy_of_classes(facts: RunFacts) -> None:
+    config = dataclasses.replace(facts.config)
+    config.task = "positions"  # a task that may come
+    card = model_card(dataclasses.replace(facts, config=config), [record(1)])
+    assert card.data.eval_results is None or card.data.eval_results == []
+    assert card.data.metrics is None and "image classifier" not in card.content
+    assert "pre-trained by the task `positions`" in card.content
+    with Tracker(facts, [], enabled=True) as tracker:
+        tracker.epoch(record(1), None)
+    page = (facts.folder / "report.html").read_text()
+    assert "Curves" in page and "Mistakes" not in page
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ def steps(config: TrainConfig, number: int) -> _Run:
         if len(parts) == run.accumulate:
             run._train_step(*map(torch.cat, zip(*parts)))
             parts = []
+    run.watch.flush()
     assert run.step == number
     return run
 
@@ -66,7 +67,7 @@ def test_accumulated_steps_are_those_of_the_whole_batch(plain: TrainConfig) -> N
     half = dataclasses.replace(sgd, batch_size=8, accumulate_steps=2)
     parts = steps(half, 2)
     assert_close(whole.network, parts.network, 2e-5)
-    assert parts.loss_sum == pytest.approx(whole.loss_sum, rel=1e-5)
+    assert parts.watch.loss_sum == pytest.approx(whole.watch.loss_sum, rel=1e-5)
     assert parts.steps_per_epoch == whole.steps_per_epoch
     untrained = _Run(sgd)
     with pytest.raises(AssertionError):
@@ -172,11 +173,10 @@ def test_growing_images_are_resumed_exactly(
     whole = train(config, output=tmp_path / "whole").folder
     assert seen == [16] * 6 + [24] * 6 + [32] * 6
 
-    def interrupted(run: _Run, images: torch.Tensor, targets: torch.Tensor) -> float:
+    def interrupted(run: _Run, images: torch.Tensor, targets: torch.Tensor) -> None:
         if run.step == 4:
-            run.save("last", {})
-            raise Interrupted(15, run.folder, run.step)
-        return original(run, images, targets)
+            run._stop()
+        original(run, images, targets)
 
     with monkeypatch.context() as patch:
         patch.setattr(_Run, "_train_step", interrupted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,3 +71,13 @@ def test_readme_names_real_commands() -> None:
     for picture in [part.split(")")[0] for part in text.split("](")[1:]]:
         if "://" not in picture:
             assert (ROOT / picture).exists(), f"README.md points to {picture}, which is not there"
+
+
+def test_documents_name_recipes_that_there_are() -> None:
+    from vitarium.train.config import recipe_names
+
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    named = set(re.findall(r"--config ([a-z][a-z_0-9]*)(?![a-z_0-9.])", text))
+    assert "digits" in named
+    assert named <= set(recipe_names())

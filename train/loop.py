@@ -30,7 +30,7 @@ from rich.console import Console
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from vitarium.ops import auxiliary_losses
+from vitarium.ops import auxiliary_parts
 from vitarium.train import checkpoint as files
 from vitarium.train import distribution, setup
 from vitarium.train.bad_batch import BadBatch, save_bad_batch
@@ -171,6 +171,7 @@ class _Run:
             module.compile()  # in place: the names of the state dict stay as they are
         self.model = module if self.sharded else self.accelerator.prepare(module)
         self.optimizer = self.accelerator.prepare(optimizer)
+        self.auxiliary_parts: list[nn.Module] | None = None  # known after the first forward
         self.step, self.evaluated_step = 0, 0
         self.seconds = 0.0
         self.history: list[dict[str, Any]] = []
@@ -318,7 +319,10 @@ class _Run:
         """Add those of one part of a step's images; its share of the mean loss."""
         with self.accelerator.autocast():
             loss = self.task.loss(self.model, *self.task.prepare(images, targets))
-            auxiliary = auxiliary_losses(self.task.module)
+            if self.auxiliary_parts is None:  # looked for once: a walk costs as much as a layer
+                self.auxiliary_parts = auxiliary_parts(self.task.module)
+            found = (part.auxiliary_loss for part in self.auxiliary_parts)
+            auxiliary = [value for value in found if value is not None]
             if auxiliary:
                 loss = loss + self.config.auxiliary_loss * torch.stack(auxiliary).mean()
         loss = loss / self.accumulate

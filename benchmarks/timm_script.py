@@ -60,16 +60,16 @@ def bench_timm_script(
     Raises:
         FileNotFoundError: there is no such script.
         ValueError: an argument is out of range.
-        RuntimeError: a command failed; its last line is in the message.
+        ChildProcessError: a command failed; its last line is in the message.
     """
     script = Path(script).resolve()
     if not script.is_file():
         raise FileNotFoundError(f"script: {script} is no file")
     if epochs < 2:
         raise ValueError(f"epochs={epochs} must be at least 2: runs of one epoch are compared with")
-    for key, value in (("rounds", rounds), ("images", images // (4 * CLASSES))):
-        if value < 1:
-            raise ValueError(f"{key} must be at least {1 if key == 'rounds' else 4 * CLASSES}")
+    for key, value, least in (("rounds", rounds, 1), ("images", images, 4 * CLASSES)):
+        if value < least:
+            raise ValueError(f"{key}={value} must be at least {least}")
     samples: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as place:
         data = Path(place) / "images"
@@ -171,14 +171,14 @@ def _commands(
             *(f"--{key}={value}" for key, value in options.items()),
         ]
 
-    return {"vitarium": ours, "timm": theirs}
+    return {"timm": theirs, "vitarium": ours}
 
 
 def _run(command: list[str]) -> dict[str, float]:
     """Wall time and process CPU time of a command and of the processes that it started.
 
     Raises:
-        RuntimeError: it failed.
+        ChildProcessError: it failed.
     """
 
     def used() -> float:
@@ -191,5 +191,5 @@ def _run(command: list[str]) -> dict[str, float]:
     taken = {"wall": time.perf_counter() - wall, "cpu": used() - cpu}
     if result.returncode:
         said = (result.stderr or result.stdout).strip().splitlines() or ["(nothing)"]
-        raise RuntimeError(f"{command[1]} ended with {result.returncode}: {said[-1]}")
+        raise ChildProcessError(f"{command[1]} ended with {result.returncode}: {said[-1]}")
     return taken

@@ -294,7 +294,7 @@ class _Run:
     def _stop(self) -> None:
         """Save, and leave."""
         self.watch.flush()
-        self.save_weights("last", {})
+        self.save_weights({})
         self.save_state()
         raise Interrupted(self.request.signum or signal.SIGTERM, self.folder, self.step)
 
@@ -367,10 +367,10 @@ class _Run:
         self.evaluated_step = self.step
         self.history.append(record)
         progress.epoch(record)
-        if self._best() is record:
-            self.save_weights("best", record)
-        self.save_weights("last", record)
+        self.save_weights(record)
         if self.accelerator.is_main_process:
+            if self._best() is record:
+                files.copy(*(self.folder / f"{name}{files.WEIGHTS}" for name in ("last", "best")))
             _LOG.info(json.dumps(record))
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -407,8 +407,8 @@ class _Run:
 
     # --- checkpoints -----------------------------------------------------------------------------
 
-    def save_weights(self, name: str, metrics: dict[str, Any]) -> None:
-        """Write the weights for use as `name`; called in every process."""
+    def save_weights(self, metrics: dict[str, Any]) -> None:
+        """Write the weights for use as the last ones; called in every process."""
         network = self.task.network_of(self._averaged())
         if not self.accelerator.is_main_process:
             return
@@ -422,7 +422,7 @@ class _Run:
             metrics,
             pruned_layers(network),
         )
-        files.save_weights(self.folder / f"{name}{files.WEIGHTS}", network, description)
+        files.save_weights(self.folder / f"last{files.WEIGHTS}", network, description)
 
     def save_state(self) -> None:
         """Write the state to go on from; called in every process."""

@@ -145,7 +145,7 @@ def plot_models(
     accuracies: dict[str, float],
     path: str | os.PathLike[str],
 ) -> None:
-    """Accuracy over latency, a point per model.
+    """Accuracy over latency, a point per model, and the front of those that no other beats.
 
     Args:
         records: of models on one machine; those without an accuracy are left out.
@@ -182,18 +182,37 @@ def plot_models(
                 zorder=4,
                 path_effects=[withStroke(linewidth=3, foreground="white")],
             )
+    measured = list(points.values())
+    best = [measured[i] for i in front([(r.median, -accuracies[r.name]) for r in measured])]
+    ax.plot(
+        [1e3 * r.median for r in best], [accuracies[r.name] for r in best],
+        color=MUTED, linewidth=1.2, linestyle="--", drawstyle="steps-post", zorder=2,
+    )  # fmt: skip
     _style(ax)
     ax.margins(x=0.17, y=0.1)
     ax.set_xlabel("latency of one forward, ms (median)", color=MUTED)
     ax.set_ylabel("ImageNet-1K top-1, % (published)", color=MUTED)
-    first = next(iter(points.values()))
-    shape = "x".join(map(str, first.shapes["input"]))
+    first = measured[0]
+    shape = "x".join(map(str, next(iter(first.shapes.values()))))
     titles = (
         "Accuracy over latency: up and to the left is better",
         f"input {shape}, {first.dtype}, inference mode",
     )
-    _frame(figure, list(points.values()), titles, [])
+    _frame(figure, measured, titles, [])
     _save(figure, path)
+
+
+def front(costs: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other is at least as good as in both, by the first cost.
+
+    Args:
+        costs: two per point; less is better.
+    """
+    kept: list[int] = []
+    for i in sorted(range(len(costs)), key=costs.__getitem__):
+        if not kept or costs[i][1] < costs[kept[-1]][1]:
+            kept.append(i)
+    return kept
 
 
 def published_accuracies(records: Sequence[Record]) -> dict[str, float]:

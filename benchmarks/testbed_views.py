@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 from scipy.stats import t as students_t
 
-from vitarium.benchmarks.plot import GRID, INK, MUTED, where_measured
+from vitarium.benchmarks.plot import GRID, INK, MUTED, front, where_measured
 from vitarium.benchmarks.record import Record
 from vitarium.zoo.testbed_settings import KINDS, SETTINGS
 
@@ -80,11 +80,12 @@ def write(rows: Sequence[Row], folder: Path) -> None:
     """Write `testbed.md` and, of what has an accuracy and measures, `testbed.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "testbed.md").write_text(markdown(rows), encoding="utf-8")
-    if any(_is_whole(row) for row in rows):
+    if any(is_whole(row) for row in rows):
         plot(rows, folder / "testbed.png")
 
 
-def _is_whole(row: Row) -> bool:
+def is_whole(row: Row) -> bool:
+    """Whether a row can be drawn: it has an accuracy and both measures."""
     return row.accuracy is not None and row.forward is not None and row.training is not None
 
 
@@ -169,7 +170,7 @@ def plot(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: there are none.
     """
-    rows = [row for row in rows if _is_whole(row)]
+    rows = [row for row in rows if is_whole(row)]
     if not rows:
         raise ValueError("no mixer has both an accuracy and measures")
     figure = Figure(figsize=(13, 25), facecolor="white")
@@ -219,12 +220,9 @@ def _panel(ax: Axes, rows: Sequence[Row], label: str, value: Callable[[Row], flo
             value(row), error, MARKERS[kind_of(row.mixer)], color=colour, markersize=7, zorder=4,
             markeredgecolor="white", markeredgewidth=0.6,
         )  # fmt: skip
-    front = []
-    for row in sorted(rows, key=lambda row: (value(row), _error(row))):
-        if not front or _error(row) < _error(front[-1]):
-            front.append(row)
+    best = [rows[i] for i in front([(value(row), _error(row)) for row in rows])]
     ax.plot(
-        [value(row) for row in front], [_error(row) for row in front],
+        [value(row) for row in best], [_error(row) for row in best],
         color=MUTED, linewidth=1.4, linestyle="--", zorder=1, drawstyle="steps-post",
     )  # fmt: skip
     ax.set_xscale("log")

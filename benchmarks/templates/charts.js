@@ -111,7 +111,7 @@ function drawChart(box, spec, width) {
   const left = names ? Math.min(narrow ? 120 : 220, 14 + 6.7 * Math.max(...names.map(n => n.length))) : 46;
   const right = narrow ? 14 : spec.room ?? 18, top = names ? 8 : 30, height = spec.height;
   const bottom = height - 46;
-  const root = element(box, "svg", {
+  const frame = element(box, "div"), root = element(frame, "svg", {
     viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": spec.label,
   });
   const points = [...spec.marks.map(m => [m.x, m.y]), ...spec.lines.flatMap(line => line.points)];
@@ -145,7 +145,7 @@ function drawChart(box, spec, width) {
     const d = places.map(([px, py], i) => i === 0 ? `M${px} ${py}`
       : line.steps ? `H${px}V${py}` : `L${px} ${py}`).join("");
     const group = line.name ? item(layer, line, items, places) : layer;
-    element(group, "path", { class: `${line.className} ${styleClass(line)}`, d });
+    element(group, "path", { class: styleClass(line), d });
     if (line.end) element(layer, "text", { x: places.at(-1)[0], y: places.at(-1)[1] - 5, "text-anchor": "end" }, line.end);
   }
   for (const mark of spec.marks) {
@@ -161,12 +161,11 @@ function drawChart(box, spec, width) {
     });
   }
   writeNames(root, items, { left, right: width - 2, top: 16, bottom });
-  return interact(box, root, layer, items, width);
+  return interact(box, frame, root, layer, items, width);
 }
 
 function styleClass(entry) {
-  return entry.className && entry.style === undefined ? entry.className
-    : `${entry.className ?? ""} c${entry.style % COLOURS}`;
+  return [entry.className, entry.style === undefined ? "" : `c${entry.style % COLOURS}`].join(" ").trim();
 }
 
 function item(layer, entry, items, places) {
@@ -200,7 +199,7 @@ function writeNames(root, items, area) {
 }
 
 // What is pointed at or focused is described in a box beside it, and drawn above the others.
-function interact(box, root, layer, items, width) {
+function interact(box, frame, root, layer, items, width) {
   const tip = element(box, "div", { class: "tip", hidden: "", "aria-hidden": "true" });
   const order = [...items].sort((a, b) => a.places.at(-1)[0] - b.places.at(-1)[0] || a.places.at(-1)[1] - b.places.at(-1)[1]);
   let shown = null;
@@ -227,11 +226,12 @@ function interact(box, root, layer, items, width) {
     next.node.focus();
   }
   order[0]?.node.setAttribute("tabindex", "0");
-  layer.addEventListener("focusin", event => {
+  // On the frame: an SVG element that listens for focus takes the focus itself.
+  frame.addEventListener("focusin", event => {
     show(items.find(({ node }) => node === event.target) ?? null);
   });
-  layer.addEventListener("focusout", () => show(null));
-  layer.addEventListener("keydown", event => {
+  frame.addEventListener("focusout", () => show(null));
+  frame.addEventListener("keydown", event => {
     const last = order.length - 1, i = order.findIndex(({ node }) => node === document.activeElement);
     const next = {
       ArrowRight: Math.min(last, i + 1), ArrowDown: Math.min(last, i + 1), ArrowLeft: Math.max(0, i - 1),

@@ -2,10 +2,17 @@
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 
-// A labelled <select>; choices are [value, label] pairs.
+// A control with its label above it.
+function labelled(parent, label, tag, attributes = {}, wide = false) {
+  const frame = element(parent, "div", { class: wide ? "control wide" : "control" });
+  const id = `control-${labelled.count = (labelled.count ?? 0) + 1}`;
+  element(frame, "label", { for: id }, label);
+  return element(frame, tag, { id, ...attributes });
+}
+
+// Choices are [value, label] pairs.
 function select(parent, label, choices, change, wide = false) {
-  const frame = element(parent, "label", wide ? { class: "wide" } : {}, label);
-  const control = element(frame, "select");
+  const control = labelled(parent, label, "select", {}, wide);
   fill(control, choices);
   control.addEventListener("change", change);
   return control;
@@ -220,7 +227,7 @@ function enhance(frame) {
     const control = select(filters, label, [["*", "all"], ...values.map(v => [`=${v}`, v || "(none)"])], apply);
     chosen.push({ index, label, control });
   });
-  const search = element(element(filters, "label", {}, "text"), "input", { type: "search", placeholder: "any column" });
+  const search = labelled(filters, "text", "input", { type: "search", placeholder: "any column" });
   search.addEventListener("input", apply);
   element(filters, "button", { type: "button" }, "Show all").addEventListener("click", () => {
     chosen.forEach(({ control }) => { control.value = "*"; });

@@ -105,7 +105,7 @@ def read_records(paths: Sequence[str | os.PathLike[str]]) -> dict[str, list[Reco
 
 
 def read_sheet(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a kernel sheet: JSON, a list of objects or an object that has one in it.
+    """The rows of a kernel sheet: JSON, a list of objects, or an object of `columns` and `rows`.
 
     Raises:
         ValueError: it is something else.
@@ -115,13 +115,15 @@ def read_sheet(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     _check_file(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; a kernel sheet is JSON") from error
-    lists = [v for v in found.values() if isinstance(v, list)] if isinstance(found, dict) else []
-    rows = lists[0] if len(lists) == 1 else found
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: a kernel sheet is a list of objects")
-    return rows
+        if isinstance(found, dict):
+            columns = found["columns"]
+            return [dict(zip(columns, row, strict=True)) for row in found["rows"]]
+        return [dict(row) for row in found]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no kernel sheet, a list of objects or an object of columns and rows: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _check_file(path: Path) -> None:

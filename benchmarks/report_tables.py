@@ -93,7 +93,7 @@ def record_table(records: Mapping[str, Sequence[Record]]) -> Table:
             _scaled(r.median, 1e-3),
             _scaled(r.p10, 1e-3),
             _scaled(r.p90, 1e-3),
-            str(len(r.samples[r.clock])),
+            str(len(r.samples.get(r.clock, ()))),
             three_digits(r.throughput),
             _scaled(r.peak_memory, 2**20),
             _scaled(r.params, 1e6),
@@ -159,13 +159,13 @@ def comparison_table(found: Sequence[Comparison]) -> Table:
         Column("mode", filtered=True),
         Column("dtype", filtered=True),
         Column("setting"),
-        Column("ours, ms", numeric=True),
-        Column("floor, ms", numeric=True),
-        Column("ours / floor", numeric=True),
-        Column("best peer", filtered=True),
-        Column("peer, ms", numeric=True),
-        Column("ours / peer", numeric=True),
         Column("ours is", filtered=True),
+        Column("ours / peer", numeric=True),
+        Column("ours, ms", numeric=True),
+        Column("peer, ms", numeric=True),
+        Column("best peer", filtered=True),
+        Column("ours / floor", numeric=True),
+        Column("floor, ms", numeric=True),
         Column("processor", filtered=True),
     ]
     rows = []
@@ -179,13 +179,13 @@ def comparison_table(found: Sequence[Comparison]) -> Table:
                 r.mode,
                 r.dtype,
                 described(r),
-                _scaled(r.median, 1e-3),
-                "" if c.floor is None else _scaled(c.floor.median, 1e-3),
-                "≈ 1" if c.at_floor else over_floor,
-                "" if c.peer is None else c.peer.implementation,
-                "" if c.peer is None else _scaled(c.peer.median, 1e-3),
-                "" if c.over_peer is None or within else f"{c.over_peer:.2f}",
                 c.verdict or "",
+                "" if c.over_peer is None or within else f"{c.over_peer:.2f}",
+                _scaled(r.median, 1e-3),
+                "" if c.peer is None else _scaled(c.peer.median, 1e-3),
+                "" if c.peer is None else c.peer.implementation,
+                "≈ 1" if c.at_floor else over_floor,
+                "" if c.floor is None else _scaled(c.floor.median, 1e-3),
                 r.machine.processor,
             ]
         )
@@ -200,7 +200,7 @@ def kernel_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     for key in keys:
         values = [row[key] for row in rows if row.get(key) is not None]
         numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
-        few = len({str(v) for v in values}) <= 40
+        few = len({str(v) for v in values}) <= 20
         label = str(key).replace("_", " ")
         columns.append(Column(label, numeric, filtered=not numeric and few and len(rows) > 8))
     return Table(columns, [[_cell(row.get(key)) for key in keys] for row in rows])

@@ -138,7 +138,7 @@ def opened(browser, address: str) -> Iterator:
             "request",
             lambda r: r.url == address or r.url.startswith("data:") or complaints.append(r.url),
         )
-        tab.set_default_timeout(5000)
+        tab.set_default_timeout(30_000)
         tab.goto(address)
         pages.append(tab)
         return tab

@@ -172,7 +172,7 @@ def records(tmp_path: Path) -> Path:
 def test_markdown_tables(records):
     text = markdown([r for found in read_records([records]).values() for r in found])
     assert "| a\\|b |" in text and "a|b" not in text
-    assert "| operator | window_attention | forward | float32 | 7x7 heads 2 | 1 |" in text
+    assert "| window_attention | forward | float32 | 7x7 heads 2 | faster | 0.50 |" in text
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_what_cannot_be_read_or_written_is_said_and_nothing_is_overwritten(
     output.write_text("old")
     for name, content in (("empty", b""), ("text", b"hello\n"), ("binary", b"\xff\xfe\x00")):
         (tmp_path / name).write_bytes(content)
-    (tmp_path / "sheet.json").write_text('{"rows": [1]}')
+    (tmp_path / "sheet.json").write_text('{"columns": ["a"], "rows": [1]}')
     (tmp_path / "folder.html").mkdir()
     for arguments, message in (
         (["absent.jsonl"], "there is no such file"),
@@ -216,7 +216,7 @@ def test_what_cannot_be_read_or_written_is_said_and_nothing_is_overwritten(
         ([str(tmp_path / "empty")], "no records in"),
         ([str(tmp_path / "text")], "text:1: Expecting value"),
         ([str(tmp_path / "binary")], "binary: 'utf-8' codec"),
-        ([str(records), "--kernels", str(tmp_path / "sheet.json")], "is a list of objects"),
+        ([str(records), "--kernels", str(tmp_path / "sheet.json")], "is no kernel sheet"),
         ([str(records), "--images", str(tmp_path / "text")], "must end in .png"),
         ([str(records), "-o", str(tmp_path / "no" / "report.html")], "there is no folder"),
         ([str(records), "-o", str(tmp_path / "folder.html")], "is a folder"),
@@ -238,8 +238,8 @@ def test_a_picture_needs_an_accuracy(tmp_path, capsys):
     assert not output.exists()
 
 
-def test_sheets_are_lists_or_hold_one(tmp_path):
+def test_sheets_are_objects_or_columns_and_rows(tmp_path):
     path = tmp_path / "kernels.json"
-    for text in ('[{"kernel": "a"}]', '{"schema": 1, "kernels": [{"kernel": "a"}]}'):
+    for text in ('[{"kernel": "a"}]', '{"schema": 1, "columns": ["kernel"], "rows": [["a"]]}'):
         path.write_text(text)
         assert read_sheet(path) == [{"kernel": "a"}]

@@ -10,11 +10,11 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from vitarium.benchmarks import record
 from vitarium.benchmarks.candidates import FLOOR
+from vitarium.benchmarks.names import Named, place_names
 from vitarium.benchmarks.record import Record
 
 INK, MUTED, GRID = "#1b1f24", "#57606a", "#d8dee4"
@@ -145,7 +145,7 @@ def plot_models(
     accuracies: dict[str, float],
     path: str | os.PathLike[str],
 ) -> None:
-    """Accuracy over latency, a point per model.
+    """Accuracy over latency, a point per model, and the front of those that no other beats.
 
     Args:
         records: of models on one machine; those without an accuracy are left out.
@@ -163,37 +163,52 @@ def plot_models(
     families: dict[str, list[Record]] = {}
     for r in sorted(points.values(), key=lambda r: r.median):
         families.setdefault(r.name.rpartition("_")[0], []).append(r)
+    named: list[Named] = []
     palette = ["#0b63c5", "#c2410c", "#2f855a", "#8250a8", "#8a6d00", "#57606a"]
     for number, (family, members) in enumerate(families.items()):
         colour = palette[number % len(palette)]
         x = [1e3 * r.median for r in members]
         y = [accuracies[r.name] for r in members]
         ax.plot(x, y, "-o", color=colour, markersize=7, linewidth=1.4, label=family, zorder=3)
-        below = number % 2 == 1  # families often coincide in a point: their names must not
-        for r, latency, accuracy in zip(members, x, y):
-            ax.annotate(
-                r.name,
-                (latency, accuracy),
-                xytext=(6, -13 if below else 7),
-                textcoords="offset points",
-                fontsize=8.5,
-                color=colour,
-                weight="bold",
-                zorder=4,
-                path_effects=[withStroke(linewidth=3, foreground="white")],
-            )
+        named += [Named(r.name, *place, colour) for r, *place in zip(members, x, y)]
+    measured = list(points.values())
+    best = [measured[i] for i in front([(r.median, -accuracies[r.name]) for r in measured])]
+    ax.plot(
+        [1e3 * r.median for r in best], [accuracies[r.name] for r in best],
+        color=MUTED, linewidth=1.2, linestyle="--", drawstyle="steps-post", zorder=2,
+    )  # fmt: skip
     _style(ax)
     ax.margins(x=0.17, y=0.1)
+    latencies = [p.x for p in named]
+    if max(latencies) > 4 * min(latencies):
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("latency of one forward, ms (median)", color=MUTED)
     ax.set_ylabel("ImageNet-1K top-1, % (published)", color=MUTED)
-    first = next(iter(points.values()))
-    shape = "x".join(map(str, first.shapes["input"]))
+    first = measured[0]
+    shape = "x".join(map(str, next(iter(first.shapes.values()))))
     titles = (
         "Accuracy over latency: up and to the left is better",
         f"input {shape}, {first.dtype}, inference mode",
     )
-    _frame(figure, list(points.values()), titles, [])
+    _frame(figure, measured, titles, [])
+    place_names(ax, named, size=8.5, weight="bold")
     _save(figure, path)
+
+
+def front(costs: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other is at least as good as in both, by the first cost.
+
+    Args:
+        costs: two per point; less is better.
+    """
+    kept: list[int] = []
+    for i in sorted(range(len(costs)), key=costs.__getitem__):
+        if not kept or costs[i][1] < costs[kept[-1]][1]:
+            kept.append(i)
+    return kept
 
 
 def published_accuracies(records: Sequence[Record]) -> dict[str, float]:

@@ -36,14 +36,21 @@ def print_table(records: Sequence[Record], console: Console | None = None) -> No
 def where(records: Iterable[Record]) -> str:
     """One line that says on what, by which clock and with which versions records were made."""
     lines = dict.fromkeys(
-        f"{r.machine.processor}, {_plural(r.machine.threads, 'thread')}, {record.CLOCKS[r.clock]}, "
-        f"torch {r.versions.get('torch', '?')}, timm {r.versions.get('timm', '?')}, {r.date[:10]}"
+        f"{place(r)}, torch {r.versions.get('torch', '?')}, "
+        f"timm {r.versions.get('timm', '?')}, {r.date[:10]}"
         for r in records
     )
     return "\n".join(lines)
 
 
-def _plural(number: int, noun: str) -> str:
+def place(r: Record) -> str:
+    """The processor, the number of threads and the clock of a record."""
+    threads = plural(r.machine.threads, "thread")
+    return f"{r.machine.processor}, {threads}, {record.CLOCKS[r.clock]}"
+
+
+def plural(number: int, noun: str) -> str:
+    """A number of things, such as "1 thread"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 

@@ -14,6 +14,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from torch import nn
+
 from vitarium import zoo
 from vitarium.benchmarks import flops
 from vitarium.ops import MIXERS, OPERATORS, Mixer
@@ -36,9 +38,8 @@ PATTERN_COLUMNS = ("operator", "self", "causal self", "cross", "causal cross")
 
 def models_table() -> str:
     """One row per family of models, ordered by mixer."""
-    # A family is one architecture: its smallest member has the mixers of all.
-    rows = sorted(_row(_mixers_of(names[0]), family, names) for family, names in families().items())
-    return _markdown(_COLUMNS, rows) + (
+    rows = sorted(_row(family, names) for family, names in families().items())
+    return markdown(_COLUMNS, rows) + (
         "\n\nGFLOPs count 1 multiply-add as 1, as papers do; top-1 is on ImageNet-1K, as published."
     )
 
@@ -56,7 +57,7 @@ def mixers_table() -> str:
         for name, operator, backends, context, paper in mixer_rows()
     ]
     present = [b for b in _BACKENDS if any(b in o.implementations for o in OPERATORS.values())]
-    return _markdown(MIXER_COLUMNS, rows) + (
+    return markdown(MIXER_COLUMNS, rows) + (
         f"\n\nBackends: {', '.join(f'`{b}` {_BACKENDS[b]}' for b in present)}.\n"
         "Context: whether `mixer(x, context)` lets x attend to a second map, and of which size."
     )
@@ -86,14 +87,15 @@ def patterns_table() -> str:
         for offered in (not operator.always_causal, optional or operator.always_causal):
             cells.append(("yes", context) if offered else ("no", "no"))
         rows.append((f"`{name}`", *(cell for pair in zip(*cells) for cell in pair)))
-    return _markdown(PATTERN_COLUMNS, rows) + (
+    return markdown(PATTERN_COLUMNS, rows) + (
         "\n\nCross attention: keys and values come from other tokens than the queries, on a map of "
         "equal\nsize or of any. Causal: by `is_causal` or always, in the order of tokens or along "
         "the axes."
     )
 
 
-def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; bars within cells must have been replaced."""
     lines = [columns, ("---",) * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -105,9 +107,14 @@ def families() -> dict[str, list[str]]:
     """Registered models by family, `nat_mini` in `nat`, each family from small to large."""
     found: defaultdict[str, list[str]] = defaultdict(list)
     for name in sorted(zoo.list_models(), key=_by_size):
-        size = _SIZE.search(name)
-        found[name[: size.start()] if size else name].append(name)
+        found[family_of(name)].append(name)
     return dict(found)
+
+
+def family_of(name: str) -> str:
+    """A model's name up to its size."""
+    size = _SIZE.search(name)
+    return name[: size.start()] if size else name
 
 
 def _by_size(name: str) -> tuple[int, str]:
@@ -115,7 +122,9 @@ def _by_size(name: str) -> tuple[int, str]:
     return (_SIZES.index(size[1]) if size else -1, name)
 
 
-def _row(mixers: str, family: str, names: list[str]) -> tuple[str, ...]:
+def _row(family: str, names: list[str]) -> tuple[str, ...]:
+    # A family is one architecture: its smallest member has the mixers of all.
+    mixers = mixers_of(flops.on_meta(names[0]))
     sizes = [name.removeprefix(family).strip("_") for name in names]
     papers = dict.fromkeys(paper for name in names for paper in _papers(name))
     published = [figures for name in names if (figures := zoo.published(name)) is not None]
@@ -135,9 +144,8 @@ def _row(mixers: str, family: str, names: list[str]) -> tuple[str, ...]:
     )
 
 
-def _mixers_of(name: str) -> str:
+def mixers_of(model: nn.Module) -> str:
     """Names of the mixers in a model, comma-separated."""
-    model = flops.on_meta(name)
     return ", ".join(sorted({m.name for m in model.modules() if isinstance(m, Mixer)}))
 
 

@@ -8,13 +8,14 @@ again, so that the same command goes on where it ended.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -125,7 +126,12 @@ def _arguments(recipe: TrainConfig) -> dict[str, Any]:
 
 def _completed(arguments: dict[str, Any]) -> dict[str, Any]:
     """Those of a record; what recipes have come to say since then, by its default."""
-    return {**_arguments(TrainConfig()), **arguments}
+    return {**_defaults(), **arguments}
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return _arguments(TrainConfig())
 
 
 def _run_identity(run: Run) -> tuple[Any, ...]:
@@ -279,7 +285,24 @@ def rows(records: Sequence[Record], names: Sequence[str], recipe: TrainConfig) -
         names: mixers.
         recipe: what was trained.
     """
-    wanted = _arguments(recipe)
+    return _rows(records, names, _arguments(recipe))
+
+
+def rows_by_recipe(records: Sequence[Record]) -> list[list[Row]]:
+    """Rows as `rows` makes them, of each recipe that there are records of."""
+    names: dict[str, list[str]] = {}
+    for r in records:
+        recipe = json.dumps(_completed(r.arguments), sort_keys=True)
+        names.setdefault(recipe, []).append(r.name)
+    return [_rows(records, found, json.loads(recipe)) for recipe, found in names.items()]
+
+
+def is_of_testbed(r: Record) -> bool:
+    """Whether a record is a training of the testbed, or a measure of a model that it trains."""
+    return "model_kwargs" in r.arguments
+
+
+def _rows(records: Sequence[Record], names: Sequence[str], wanted: Mapping[str, Any]) -> list[Row]:
     found = {name: Row(name, {}, {}) for name in names}
     for r in records:
         if r.name not in found or _completed(r.arguments) != wanted:

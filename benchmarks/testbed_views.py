@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
-from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
-from matplotlib.transforms import Bbox
 from scipy.stats import t as students_t
 
-from vitarium.benchmarks.plot import GRID, INK, MUTED, where_measured
+from vitarium.benchmarks.names import Named, place_names
+from vitarium.benchmarks.plot import GRID, INK, MUTED, front, where_measured
 from vitarium.benchmarks.record import Record
 from vitarium.zoo.testbed_settings import KINDS, SETTINGS
 
@@ -80,11 +75,12 @@ def write(rows: Sequence[Row], folder: Path) -> None:
     """Write `testbed.md` and, of what has an accuracy and measures, `testbed.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "testbed.md").write_text(markdown(rows), encoding="utf-8")
-    if any(_is_whole(row) for row in rows):
+    if any(is_whole(row) for row in rows):
         plot(rows, folder / "testbed.png")
 
 
-def _is_whole(row: Row) -> bool:
+def is_whole(row: Row) -> bool:
+    """Whether a row can be drawn: it has an accuracy and both measures."""
     return row.accuracy is not None and row.forward is not None and row.training is not None
 
 
@@ -147,9 +143,6 @@ def _per_image(r: Record) -> float:
 
 # --- the picture ----------------------------------------------------------------------------------
 
-# Where a name may be: points from its mark, and sixteenths of a turn, the sides first.
-_RADII = (8, 12, 17, 23, 30, 38, 47, 57, 69, 83, 99, 117, 137, 160)
-_TURNS = (0, 8, 1, 15, 7, 9, 2, 14, 6, 10, 4, 12, 3, 13, 5, 11)
 _PANELS: tuple[tuple[str, Callable[[Row], float]], ...] = (
     ("multiply-adds of one image, millions", lambda row: row.forward.macs / 1e6),
     ("forward, ms of CPU time per image", lambda row: _per_image(row.forward)),
@@ -169,11 +162,10 @@ def plot(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: there are none.
     """
-    rows = [row for row in rows if _is_whole(row)]
+    rows = [row for row in rows if is_whole(row)]
     if not rows:
         raise ValueError("no mixer has both an accuracy and measures")
     figure = Figure(figsize=(13, 25), facecolor="white")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(len(_PANELS), 1)
     for ax, (label, value) in zip(panels, _PANELS):
         _panel(ax, rows, label, value)
@@ -200,7 +192,10 @@ def plot(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     figure.text(0.06, 0.006, where_measured(records), fontsize=9.5, color=MUTED)
     figure.subplots_adjust(left=0.06, right=0.985, top=0.94, bottom=0.04, hspace=0.13)
     for ax, (_, value) in zip(panels, _PANELS):
-        _label(ax, rows, value)
+        points = [
+            Named(row.mixer, value(row), _error(row), COLOURS[kind_of(row.mixer)]) for row in rows
+        ]
+        place_names(ax, points, size=9.5)
     figure.savefig(path, dpi=110)
 
 
@@ -219,12 +214,9 @@ def _panel(ax: Axes, rows: Sequence[Row], label: str, value: Callable[[Row], flo
             value(row), error, MARKERS[kind_of(row.mixer)], color=colour, markersize=7, zorder=4,
             markeredgecolor="white", markeredgewidth=0.6,
         )  # fmt: skip
-    front = []
-    for row in sorted(rows, key=lambda row: (value(row), _error(row))):
-        if not front or _error(row) < _error(front[-1]):
-            front.append(row)
+    best = [rows[i] for i in front([(value(row), _error(row)) for row in rows])]
     ax.plot(
-        [value(row) for row in front], [_error(row) for row in front],
+        [value(row) for row in best], [_error(row) for row in best],
         color=MUTED, linewidth=1.4, linestyle="--", zorder=1, drawstyle="steps-post",
     )  # fmt: skip
     ax.set_xscale("log")
@@ -251,34 +243,3 @@ def _panel(ax: Axes, rows: Sequence[Row], label: str, value: Callable[[Row], flo
     ax.tick_params(colors=MUTED, labelsize=10.5, length=0)
     ax.set_xlabel(label, color=INK, fontsize=12)
     ax.set_ylabel("held-out accuracy, %", color=INK, fontsize=12)
-
-
-def _label(ax: Axes, rows: Sequence[Row], value: Callable[[Row], float]) -> None:
-    """Every point's name at the nearest place that is free, with a line to it where far."""
-    renderer = ax.figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    where = {row.mixer: ax.transData.transform((value(row), _error(row))) for row in rows}
-    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in where.values()]
-    inside = ax.get_window_extent(renderer)
-
-    def neighbours(row: Row) -> int:
-        x, y = where[row.mixer]
-        return sum(abs(x - a) < 120 and abs(y - b) < 40 for a, b in where.values())
-
-    for row in sorted(rows, key=neighbours, reverse=True):
-        colour = COLOURS[kind_of(row.mixer)]
-        line = {"arrowstyle": "-", "color": colour, "lw": 0.7, "alpha": 0.7, "shrinkB": 3}
-        text = ax.annotate(
-            row.mixer, (value(row), _error(row)), xytext=(0, 0), textcoords="offset points",
-            fontsize=9.5, color=colour, va="center", arrowprops={**line, "shrinkA": 0}, zorder=5,
-            path_effects=[withStroke(linewidth=2.5, foreground="white")],
-        )  # fmt: skip
-        for radius, turn in product(_RADII, _TURNS):
-            dx, dy = radius * math.cos(turn * math.pi / 8), radius * math.sin(turn * math.pi / 8)
-            sideways = "left" if dx > 0.1 else "right" if dx < -0.1 else "center"
-            text.set(position=(dx, dy), horizontalalignment=sideways)
-            text.update_positions(renderer)
-            box = Text.get_window_extent(text, renderer).padded(1)  # without the line
-            if inside.x0 < box.x0 and box.x1 < inside.x1 and not any(map(box.overlaps, taken)):
-                break
-        taken.append(box)
-        text.arrow_patch.set_visible(radius > _RADII[1])

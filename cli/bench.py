@@ -1,7 +1,6 @@
 """`vitarium bench`: measure models or operators, and draw what was measured.
 
-The first word says what is done (`models`, `ops`, `mixers`, `official`,
-`swap`, `scaling`, `train`, `timm-script`, `plot`); without it, words are models.
+The first word says what is done, by a name in `_WHAT`; without it, words are models.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from rich.console import Console
+
+from vitarium.cli import bench_report
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 RESULTS = Path("benchmarks/results")  # in a checkout: records that are kept
@@ -422,4 +423,5 @@ _WHAT = {
         "`vitarium train` against timm's train.py",
     ),
     "plot": (_plot_parser, _run_plot, "a picture of records"),
+    "report": (bench_report.parser, bench_report.run, "a page, tables or a picture of records"),
 }

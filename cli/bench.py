@@ -1,7 +1,7 @@
 """`vitarium bench`: measure models or operators, and draw what was measured.
 
 The first word says what is done (`models`, `ops`, `mixers`, `official`,
-`swap`, `scaling`, `train`, `plot`); without it, words are models.
+`swap`, `scaling`, `train`, `plot`, and those of `bench_measures`); without it, words are models.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from rich.console import Console
+
+from vitarium.cli import bench_measures
+from vitarium.cli.bench_measures import add_selection, with_selected
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 RESULTS = Path("benchmarks/results")  # in a checkout: records that are kept
@@ -60,8 +63,15 @@ def _models_parser() -> ArgumentParser:
         description="Parameters, GFLOPs, activations, latency, throughput and peak memory of any "
         "models that timm knows, ours or not, side by side and measured in turns."
     )
-    parser.add_argument("names", metavar="MODEL", type=str, nargs="+", help="registered names")
-    parser.add_argument("--batch-size", type=PositiveInt, default=1, help="images per forward")
+    add_selection(parser)
+    parser.add_argument(
+        "--modes",
+        type=Literal["forward", "training", "step"],
+        nargs="+",
+        default=["forward"],
+        help="training is forward and backward, step an AdamW step too",
+    )
+    parser.add_argument("--batch-size", type=PositiveInt, default=1, help="images per call")
     parser.add_argument(
         "--image-size", type=PositiveInt, default=None, help="side of the images, pixels"
     )
@@ -72,16 +82,25 @@ def _models_parser() -> ArgumentParser:
     parser.add_argument("--profile", action="store_true", help="share of time by part of the model")
     parser.add_argument("--seconds", type=NonNegativeFloat, default=5.0, help="per model")
     parser.add_argument(
+        "--limit", type=PositiveFloat, default=60.0, help="seconds that a call may take"
+    )
+    parser.add_argument(
         "--output", type=str, default=str(RUNS / "models.jsonl"), help="records are appended here"
     )
     return parser
 
 
-def _run_models(config: Namespace) -> None:
+def _run_models(config: Namespace) -> int:
     from vitarium.benchmarks import bench_models, print_table
 
-    print_table(bench_models(**vars(config)))
+    console = Console()
+    arguments = with_selected(config)
+    records = bench_models(
+        **arguments, progress=lambda line: console.print(line, style="dim", highlight=False)
+    )
+    print_table(records, console)
     _say_where(config.output)
+    return 1 if any(r.failure is not None for r in records) else 0
 
 
 # --- operators -----------------------------------------------------------------------------------
@@ -385,5 +404,6 @@ _WHAT = {
     "official": (_official_parser, _run_official, "backbones against official code"),
     "swap": (_swap_parser, _run_swap, "timm's models with our mixers against timm's"),
     "train": (_train_parser, _run_train, "a training step against a bare loop"),
+    **bench_measures.WHAT,
     "plot": (_plot_parser, _run_plot, "a picture of records"),
 }

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich import box
 from rich.table import Table
 
-from vitarium.benchmarks import flops
+from vitarium.benchmarks import flops, guard
 
 
 @dataclass(frozen=True)
 class Counted:
-    """Of one image of a model: multiply-adds by three counters, activations by two.
+    """Of one image of a model: parameters, multiply-adds by three counters, activations by two.
 
     `torch` is `FlopCounterMode`, which counts no activations. `failure` says why there are none.
     """
 
     name: str
-    macs: dict[str, int]
-    activations: dict[str, int]
+    params: int = 0
+    macs: dict[str, int] = field(default_factory=dict)
+    activations: dict[str, int] = field(default_factory=dict)
     failure: str | None = None
 
     @property
@@ -57,7 +58,7 @@ def bench_flops(
         try:
             found.append(count_by_all(name, image_size))
         except Exception as error:  # of one model's own code: the others are counted all the same
-            found.append(Counted(name, {}, {}, f"{type(error).__name__}: {error}"))
+            found.append(Counted(name, failure=guard.reason(error)))
     return found
 
 
@@ -69,6 +70,7 @@ def count_by_all(name: str, image_size: int | None = None) -> Counted:
     fvcores = flops.count_with_fvcore(flops.build(name, image_size), image_size)
     return Counted(
         name,
+        ours.params,
         {"ours": ours.macs, "torch": torchs, "fvcore": fvcores.macs},
         {"ours": ours.activations, "fvcore": fvcores.activations},
     )

@@ -188,7 +188,9 @@ def count_with_fvcore(model: nn.Module, image_size: int | None = None, batch: in
         model: a model on the CPU, in eval mode.
         image_size, batch: as in `count`.
     """
-    from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about what fvcore imports
+        from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
 
     x = torch.zeros(input_shape(model, image_size, batch), dtype=_dtype(model))
     flops, activations = FlopCountAnalysis(model, x), ActivationCountAnalysis(model, x)

@@ -91,9 +91,10 @@ def bench_models(
                 ready[name] = prepare(name, setting)
             except Exception as error:  # whatever a model may do: the others are measured
                 failures[name] = guard.reason(error)
+        probes = roofline.Probes(DTYPES[dtype], target)
         for mode in dict.fromkeys(modes):
             progress(f"{mode}: {len(ready)} models in turns")
-            found = _measured(ready, mode, setting, min_rounds, seconds, profile, failures)
+            found = _measured(ready, mode, setting, probes, min_rounds, seconds, profile, failures)
             for name in dict.fromkeys(names):
                 if name not in found:
                     shape = setting.input_shape(name)
@@ -140,6 +141,7 @@ def _measured(
     ready: Mapping[str, Prepared],
     mode: str,
     setting: Setting,
+    probes: roofline.Probes,
     min_rounds: int,
     seconds: float,
     profile: bool,
@@ -154,7 +156,6 @@ def _measured(
             failures[name] = guard.reason(error)
     if not calls:
         return {}
-    probes = roofline.Probes(DTYPES[setting.dtype], setting.device)
     samples = timer.interleave(
         {**calls, **probes.candidates},
         device=setting.device,

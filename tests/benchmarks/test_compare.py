@@ -12,12 +12,12 @@ from vitarium.benchmarks.record import Machine
 from vitarium.benchmarks.report import compared_table, comparison_table
 
 MACHINE = Machine("cpu", "Example CPU", 4, 1, "Linux x86_64")
-TRIALS = 40
+TRIALS = 30
 
 
-def _run(draw, median=1.0, rounds=30, noise=0.03, drift=0.0):
+def _run(draw, median=1.0, rounds=30, noise=0.03, drift=0.0, wander=0.003):
     """Times of a run and its pace: a speed that wanders, noise of its own, a few outliers."""
-    speed = np.exp(drift + np.cumsum(draw.normal(scale=0.003, size=rounds)))
+    speed = np.exp(drift + np.cumsum(draw.normal(scale=wander, size=rounds)))
     samples = median * speed * np.exp(draw.normal(scale=noise, size=rounds))
     samples[draw.random(rounds) < 0.05] *= 3
     pace = 0.02 * speed * np.exp(draw.normal(scale=noise, size=rounds))
@@ -28,12 +28,13 @@ def _verdicts(slowdown, drift=0.0, paired=False):
     found = []
     for trial in range(TRIALS):
         draw = np.random.default_rng(trial)
-        a, a_pace = _run(draw)
-        b, b_pace = _run(draw, slowdown, drift=drift * draw.normal())
         if paired:
+            a, b = (_run(draw, median, wander=0.0)[0] for median in (1.0, slowdown))
             common = np.exp(np.cumsum(draw.normal(scale=0.05, size=len(a))))
             found.append(paired_ratio(a * common, b * common).verdict)
         else:
+            a, a_pace = _run(draw)
+            b, b_pace = _run(draw, slowdown, drift=drift * draw.normal())
             found.append(independent_ratio(a, b, a_pace=a_pace, b_pace=b_pace).verdict)
     return {verdict: found.count(verdict) / TRIALS for verdict in set(found)}
 

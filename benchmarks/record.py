@@ -88,8 +88,8 @@ class Record:
         stages: the same shares, each divided among the stages of the model.
         series: the same text in records whose samples were taken in turns: the n-th samples of all
             belong to the n-th round. None in records older than the field.
-        pace: seconds by clock and round of the run: the geometric mean of the times of a matrix
-            product and of a copy, which tells how fast the machine was.
+        pace: seconds by clock and round of a matrix product that took turns with the rest; tells
+            how fast the machine was.
         resident_memory: bytes that the process's resident memory grew by at most, from before a
             model was built until after its first calls; None where the system doesn't tell.
         intensity: floating-point operations (two per multiply-add) per byte moved, see

@@ -13,7 +13,6 @@ model of the traffic, not a measurement of it.
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -76,11 +75,8 @@ class Probes:
     def pace(self, samples: Mapping[str, timer.Samples]) -> dict[str, list[float]]:
         """See `Record.pace`."""
         return {
-            clock: [
-                float(f"{math.sqrt(product * copy):.6g}")
-                for product, copy in zip(samples[PRODUCT][clock], samples[COPY][clock])
-            ]
-            for clock in samples[PRODUCT]
+            clock: [float(f"{value:.6g}") for value in values]
+            for clock, values in samples[PRODUCT].items()
         }
 
 

@@ -15,7 +15,7 @@ MACHINE = Machine("cpu", "Example CPU", 4, 1, "Linux x86_64")
 TRIALS = 30
 
 
-def _run(draw, median=1.0, rounds=30, noise=0.03, drift=0.0, wander=0.003):
+def _run(draw, median=1.0, rounds=60, noise=0.03, drift=0.0, wander=0.002):
     """Times of a run and its pace: a speed that wanders, noise of its own, a few outliers."""
     speed = np.exp(drift + np.cumsum(draw.normal(scale=wander, size=rounds)))
     samples = median * speed * np.exp(draw.normal(scale=noise, size=rounds))

@@ -14,6 +14,7 @@ from vitarium.benchmarks import compare, record
 from vitarium.benchmarks.breakdown import PARTS
 from vitarium.benchmarks.compare import Comparison
 from vitarium.benchmarks.mixers import OURS
+from vitarium.benchmarks.model_scaling import RESOLUTION, growth
 from vitarium.benchmarks.record import Record
 from vitarium.benchmarks.scaling import exponents
 
@@ -240,7 +241,43 @@ def scaling_table(records: Sequence[Record]) -> Table:
         medians = {r.case: r.median for r in records if (r.name, r.dtype, r.mode) == setting}
         cells = (f"{medians[case] * 1e3:.3g}" if case in medians else "" for case in cases)
         name = setting[0] if shared else " ".join(setting)
-        table.add_row(name, *cells, f"{power:.2f}")
+        table.add_row(name, *cells, str(power))
+    return table
+
+
+def print_growth(records: Sequence[Record], console: Console) -> None:
+    """Print sweeps of models, each in a table, and below it what was not measured and why."""
+    for sweep in dict.fromkeys(str(r.case) for r in records):
+        console.print(growth_table(records, sweep))
+        for r in records:
+            if r.case == sweep and r.failure is not None:
+                line = f"{r.name} {r.dtype} {r.mode} {_shape(r)}: {r.failure}"
+                console.print(line, style="red", markup=False, highlight=False)
+
+
+def growth_table(records: Sequence[Record], sweep: str) -> Table:
+    """Models on one sweep: a row per model, a column per size, ms, and the exponent."""
+    chosen = [r for r in records if r.case == sweep]
+    axis = -1 if sweep == RESOLUTION else 0
+    sizes = sorted({r.shapes["input"][axis] for r in chosen})
+    table = Table(
+        title=f"Median ms by {sweep}, and the power of the pixels of a call that time grows with",
+        caption=f"{where(chosen)}\n±: 95 % interval of the fitted line; -: not measured, see below",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    table.add_column("model", overflow="fold")
+    for heading in (*map(str, sizes), "power"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    powers = growth(chosen)
+    for name, dtype, mode in dict.fromkeys((r.name, r.dtype, r.mode) for r in chosen):
+        row = [r for r in chosen if (r.name, r.dtype, r.mode) == (name, dtype, mode)]
+        times = {r.shapes["input"][axis]: _number(r.median, 1e-3) for r in row}
+        cells = (times.get(size) or "-" for size in sizes)
+        table.add_row(
+            f"{name} {dtype} {mode}", *cells, str(powers.get((name, dtype, mode, sweep), ""))
+        )
     return table
 
 

@@ -191,7 +191,7 @@ class Comparison:
 def compare(a: Iterable[Record], b: Iterable[Record]) -> Comparison:
     """Pair records of equal settings, implementations, devices and numbers of threads.
 
-    Of several records of one thing the last counts. Trainings and data loading are left out.
+    Of several records of one thing the last counts. Trainings are left out.
     """
     first, second = _latest(a), _latest(b)
     return Comparison(
@@ -210,7 +210,7 @@ def _latest(records: Iterable[Record]) -> dict[tuple[object, ...], Record]:
     return {
         (*r.setting, r.implementation, r.machine.device, r.machine.threads): r
         for r in records
-        if r.kind in ("operator", "mixer", "model")
+        if r.kind != "run"
     }
 
 

@@ -1,4 +1,4 @@
-"""`vitarium bench compare`, `flops`: what is told by records and counts.
+"""`vitarium bench compare`, `flops`, `loader`.
 
 Also which models a measurement is of, as options that several words of `bench` share.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import NonNegativeFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -141,7 +141,46 @@ def _compared_models(a: str, b: str, arguments: dict[str, Any]) -> Comparison:
     return compare.Comparison([compare.pair(first, second)], [], [])
 
 
+# --- data loading --------------------------------------------------------------------------------
+
+
+def _loader_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Images per second of the data loading that training uses, by number of "
+        "worker processes; no model."
+    )
+    parser.add_argument(
+        "source", metavar="SOURCE", type=str, nargs="?", default="digits", help="as `train --data`"
+    )
+    parser.add_argument(
+        "--recipe", type=str | None, default=None, help="name or file: batch, size, augmentation"
+    )
+    parser.add_argument(
+        "--workers", type=NonNegativeInt, nargs="*", default=[], help="0, 1, 2... if none"
+    )
+    parser.add_argument("--batch-size", type=PositiveInt, default=None, help="the recipe's if none")
+    parser.add_argument("--image-size", type=PositiveInt, default=None, help="the recipe's if none")
+    parser.add_argument("--seconds", type=NonNegativeFloat, default=5.0, help="for each number")
+    parser.add_argument(
+        "--output", type=str, default="runs/bench/loader.jsonl", help="records are appended here"
+    )
+    return parser
+
+
+def _run_loader(config: Namespace) -> None:
+    from vitarium.benchmarks.loader import bench_loader, loader_table
+
+    console = Console()
+    records = bench_loader(
+        **vars(config),
+        progress=lambda line: console.print(line, style="dim", highlight=False),
+    )
+    console.print(loader_table(records))
+    print(f"records: {config.output}")
+
+
 WHAT = {
+    "loader": (_loader_parser, _run_loader, "images per second of the data loading"),
     "compare": (_compare_parser, _run_compare, "two files of records, or two models"),
     "flops": (_flops_parser, _run_flops, "models' multiply-adds by three counters"),
 }

@@ -62,7 +62,7 @@ def bench_models(
         threads: threads that torch uses on the CPU; as they are if None.
         channels_last: use torch.channels_last for weights and input.
         compile: measure `torch.compile(model)`.
-        profile: also record the share of the forward time by part of the model
+        profile: also record the share of the forward time by stage and part of the model
             (`vitarium.benchmarks.breakdown`); not with `compile`.
         min_rounds: samples per model at least.
         seconds: time given to each model in each mode; rounds end when it is used up for all.
@@ -176,7 +176,8 @@ def _measured(
                 "peak_memory": call.held + memory.peak_growth(call.run, setting.device),
             }
             if profile and mode == "forward":
-                fields["parts"] = breakdown.forward_parts(prepared.built, prepared.x)
+                fields["stages"] = breakdown.forward_stages(prepared.built, prepared.x)
+                fields["parts"] = breakdown.parts_of(fields["stages"])
         except Exception as error:
             failures[name] = guard.reason(error)
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -132,19 +132,29 @@ def roofline_table(records: Sequence[Record]) -> Table:
 
 
 def parts_table(records: Sequence[Record]) -> Table:
-    """Where the forward time goes: per cent by part of the model, one row per record."""
+    """Where the forward time goes: per cent by part, a row per record and one per stage of it."""
     table = Table(
         title="Share of forward time, %",
         caption=where(records),
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
+        pad_edge=False,
     )
     table.add_column("model", overflow="fold")
-    for part in PARTS:
+    for part in (*PARTS, "all"):
         table.add_column(part.replace(" ", "\n"), justify="right")
     for r in records:
-        table.add_row(r.name, *(f"{100 * r.parts[part]:.0f}" for part in PARTS))
+        table.add_row(r.name, *_shares(r.parts), style="bold" if r.stages else "")
+        for stage, shares in r.stages.items():
+            table.add_row(f"  {stage or 'outside'}", *_shares(shares))
     return table
+
+
+def _shares(parts: Mapping[str, float]) -> list[str]:
+    """Per cent by part and of all; records older than a part do not have it."""
+    shares = [parts.get(part) for part in PARTS]
+    texts = ["" if share is None else f"{100 * share:.0f}" for share in shares]
+    return [*texts, f"{100 * sum(parts.values()):.0f}"]
 
 
 def _input(r: Record) -> str:

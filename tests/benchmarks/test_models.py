@@ -40,6 +40,11 @@ def test_models_side_by_side(tmp_path):
     assert resnet.peak_memory > 4 * (resnet.params + 2 * 3 * 64 * 64 + 2 * 2 * 64 * 32 * 32)
     assert sum(vit.parts.values()) == pytest.approx(1)
     assert vit.parts[breakdown.CHANNEL_MLP] > 0 and vit.parts[breakdown.OPERATOR] > 0
+    assert sum(sum(shares.values()) for shares in resnet.stages.values()) == pytest.approx(1)
+    assert [name for name in resnet.stages if name.startswith("layer")] == [
+        f"layer{number}.{block}" for number in (1, 2, 3, 4) for block in (0, 1)
+    ]
+    assert {"patch_embed", "blocks", "norm", "head"} <= vit.stages.keys()  # twelve are no stages
     assert resnet.parts[breakdown.OPERATOR] == 0 and resnet.parts[breakdown.CONVOLUTION] > 0.3
 
 
@@ -244,3 +249,58 @@ def test_parts_of_a_mixer_are_told_apart():
     assert parts[breakdown.CHANNEL_MLP] == 0
     for part in (breakdown.OPERATOR, breakdown.PROJECTIONS, breakdown.CONVOLUTION, breakdown.NORM):
         assert parts[part] > 0
+
+
+def test_time_counts_once_by_stage_and_part(monkeypatch):
+    """With a clock that ticks at every call of a module's own work."""
+    now = 0.0
+
+    def work(seconds):
+        nonlocal now
+        now += seconds
+
+    class Stage(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            work(1.0)
+            x = self.norm(x)
+            return torch.cat([x, x])
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stages = nn.Sequential(Stage(), Stage())
+
+        def forward(self, x):
+            work(4.0)
+            return self.stages(x)
+
+    cat, norm = torch.cat, nn.BatchNorm2d.forward
+    monkeypatch.setattr(breakdown, "_clock", lambda device: lambda: now)
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda self, x: (work(2.0), norm(self, x))[1])
+
+    def slow_cat(tensors):
+        work(0.5)
+        return cat(tensors)
+
+    monkeypatch.setattr(
+        torch,
+        "cat",
+        lambda t: (
+            torch.overrides.handle_torch_function(slow_cat, t, t)
+            if torch.overrides.has_torch_function(t)
+            else slow_cat(t)
+        ),
+    )
+    monkeypatch.setattr(breakdown, "_MOVING", {slow_cat})
+    stages = breakdown.forward_stages(Model().eval(), torch.randn(1, 3, 4, 4), repeats=1)
+    assert list(stages) == ["", "stages.0", "stages.1"]
+    seconds = {name: {p: 11 * s for p, s in parts.items() if s} for name, parts in stages.items()}
+    stage = {breakdown.REST: 1.0, breakdown.NORM: 2.0, breakdown.MOVES: 0.5}
+    assert seconds == {
+        "": {breakdown.REST: pytest.approx(4.0)},
+        **{name: pytest.approx(stage) for name in ("stages.0", "stages.1")},
+    }

@@ -373,12 +373,15 @@ def _plot_parser() -> ArgumentParser:
     parser.add_argument("--name", type=str | None, default=None, help="only this operator")
     parser.add_argument("--dtype", type=Dtype | None, default=None, help="only this data type")
     parser.add_argument("--mode", type=str | None, default=None, help="only this mode")
+    parser.add_argument(
+        "--profile", action="store_true", help="models' time by stage and part, as stacked bars"
+    )
     parser.add_argument("--output", "-o", type=str, required=True, help="such as operators.png")
     return parser
 
 
 def _run_plot(config: Namespace) -> None:
-    from vitarium.benchmarks import plot, record
+    from vitarium.benchmarks import plot, plot_profile, record
 
     records = [r for path in config.records for r in record.read(path)]
     records = [
@@ -388,7 +391,9 @@ def _run_plot(config: Namespace) -> None:
             getattr(config, what) in (None, getattr(r, what)) for what in ("name", "dtype", "mode")
         )
     ]
-    if any(r.kind == "operator" for r in records):
+    if config.profile:
+        plot_profile.plot_profile(records, config.output)
+    elif any(r.kind == "operator" for r in records):
         plot.plot_operators(records, config.output)
     else:
         plot.plot_models(records, plot.published_accuracies(records), config.output)

@@ -1,7 +1,8 @@
 """`vitarium bench`: measure models or operators, and draw what was measured.
 
 The first word says what is done (`models`, `ops`, `mixers`, `official`,
-`swap`, `scaling`, `train`, `plot`, and those of `bench_measures`); without it, words are models.
+`swap`, `scaling`, `train`, `timm-script`, `plot`, and those of `bench_measures`); without it,
+words are models.
 """
 
 from __future__ import annotations
@@ -361,6 +362,36 @@ def _run_train(config: Namespace) -> None:
     _say_where(arguments["output"])
 
 
+def _timm_script_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="An epoch of `vitarium train` beside one of timm's train.py, on the same drawn "
+        "images and settings: whole commands in turns, on the CPU."
+    )
+    parser.add_argument(
+        "script", metavar="TRAIN.PY", type=str, help="timm's script, in a clone of its repository"
+    )
+    parser.add_argument(
+        "name", metavar="MODEL", type=str, nargs="?", default="resnet18", help="timm's name"
+    )
+    parser.add_argument("--images", type=PositiveInt, default=512, help="to train on")
+    parser.add_argument("--batch-size", type=PositiveInt, default=32, help="images per step")
+    parser.add_argument("--image-size", type=PositiveInt, default=64, help="side of the crops")
+    parser.add_argument("--rounds", type=PositiveInt, default=5, help="samples of each")
+    parser.add_argument(
+        "--output", type=str | None, default=None, help=_OUTPUT.format(name="training.jsonl")
+    )
+    return parser
+
+
+def _run_timm_script(config: Namespace) -> None:
+    from vitarium.benchmarks.timm_script import bench_timm_script
+
+    arguments = {**vars(config), "output": _output(config, "training.jsonl")}
+    for entry in bench_timm_script(**arguments, progress=print):
+        print(f"{entry.implementation}: {entry.median:.2f} s of CPU per epoch")
+    _say_where(arguments["output"])
+
+
 # --- pictures ------------------------------------------------------------------------------------
 
 
@@ -426,7 +457,8 @@ def _output(config: Namespace, name: str) -> str:
     if config.output is not None:
         return config.output
     root = RESULTS if RESULTS.is_dir() else RUNS
-    return str(root / record.this_machine(device_named(config.device)).slug / name)
+    device = device_named(config.get("device", "cpu"))
+    return str(root / record.this_machine(device).slug / name)
 
 
 def _say_where(path: str) -> None:
@@ -442,5 +474,10 @@ _WHAT = {
     "swap": (_swap_parser, _run_swap, "timm's models with our mixers against timm's"),
     "train": (_train_parser, _run_train, "a training step against a bare loop"),
     **bench_measures.WHAT,
+    "timm-script": (
+        _timm_script_parser,
+        _run_timm_script,
+        "`vitarium train` against timm's train.py",
+    ),
     "plot": (_plot_parser, _run_plot, "a picture of records"),
 }

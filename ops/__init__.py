@@ -52,7 +52,14 @@ from vitarium.ops.linear_mixers import (
     FocusedLinearWindowAttention,
     LinearAttention,
 )
-from vitarium.ops.mixer import MIXERS, Mixer, auxiliary_losses, build_mixer, qkv_heads
+from vitarium.ops.mixer import (
+    MIXERS,
+    Mixer,
+    auxiliary_losses,
+    auxiliary_parts,
+    build_mixer,
+    qkv_heads,
+)
 from vitarium.ops.mixture_of_head import HeadRouter, mixture_of_head_attention
 from vitarium.ops.multi_axis import MultiAxisAttention
 from vitarium.ops.neighborhood import (
@@ -136,6 +143,7 @@ __all__ = [
     "attention",
     "attention_diversification_loss",
     "auxiliary_losses",
+    "auxiliary_parts",
     "backend",
     "bilevel_routing_attention",
     "build_mixer",

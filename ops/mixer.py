@@ -347,12 +347,18 @@ def spread(cells: Tensor, side: int, size: Sequence[int]) -> Tensor:
     return tokens[:, : size[0], : size[1]].movedim(-1, 1)
 
 
-def auxiliary_losses(model: nn.Module) -> list[Tensor]:
-    """Losses that parts of a model ask to be trained with, in the order of the parts.
+def auxiliary_parts(model: nn.Module) -> list[nn.Module]:
+    """Parts of a model that have an attribute `auxiliary_loss`, in order.
 
-    A part has one in its attribute `auxiliary_loss`: that of its last forward in training, or None.
+    It holds the loss of a part's last forward in training, or None; a part has it from its first
+    forward in training on.
     """
-    losses = (getattr(module, "auxiliary_loss", None) for module in model.modules())
+    return [module for module in model.modules() if hasattr(module, "auxiliary_loss")]
+
+
+def auxiliary_losses(model: nn.Module) -> list[Tensor]:
+    """Losses that parts of a model ask to be trained with, in the order of the parts."""
+    losses = (part.auxiliary_loss for part in auxiliary_parts(model))
     return [loss for loss in losses if loss is not None]
 
 

@@ -32,6 +32,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -147,6 +148,11 @@ class Description:
 
 def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file, atomically."""
+    write_atomic(target, lambda temporary: shutil.copyfile(source, temporary))
 
 
 def contiguous_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitarium.train.config import ConfigError, TrainConfig
 from vitarium.train.data import ImageData, InputConfig
 from vitarium.train.options import DistillationConfig
-from vitarium.train.task import Classification
+from vitarium.train.task import Classification, require_classifier
 from vitarium.train.weights import load_weights
 
 
@@ -36,7 +36,10 @@ class Teacher:
         self, options: DistillationConfig, classes: int, student: InputConfig, device: torch.device
     ) -> None:
         assert options.teacher is not None  # the configuration has seen to it
-        loaded = load_weights(options.teacher, options.checkpoint).at(options.image_size, None)
+        loaded = load_weights(options.teacher, options.checkpoint)
+        if loaded.config is not None:
+            require_classifier(loaded.config, loaded.path)
+        loaded = loaded.at(options.image_size, None)
         self.model = loaded.model.to(device).eval().requires_grad_(False)
         self.inputs, self.student = loaded.inputs, student
         with torch.no_grad():

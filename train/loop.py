@@ -30,7 +30,7 @@ from rich.console import Console
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from vitarium.ops import auxiliary_losses
+from vitarium.ops import auxiliary_parts
 from vitarium.train import checkpoint as files
 from vitarium.train import distribution, setup
 from vitarium.train.bad_batch import BadBatch, save_bad_batch
@@ -171,6 +171,7 @@ class _Run:
             module.compile()  # in place: the names of the state dict stay as they are
         self.model = module if self.sharded else self.accelerator.prepare(module)
         self.optimizer = self.accelerator.prepare(optimizer)
+        self.auxiliary_parts: list[nn.Module] | None = None  # known after the first forward
         self.step, self.evaluated_step = 0, 0
         self.seconds = 0.0
         self.history: list[dict[str, Any]] = []
@@ -293,7 +294,7 @@ class _Run:
     def _stop(self) -> None:
         """Save, and leave."""
         self.watch.flush()
-        self.save_weights("last", {})
+        self.save_weights({})
         self.save_state()
         raise Interrupted(self.request.signum or signal.SIGTERM, self.folder, self.step)
 
@@ -318,7 +319,10 @@ class _Run:
         """Add those of one part of a step's images; its share of the mean loss."""
         with self.accelerator.autocast():
             loss = self.task.loss(self.model, *self.task.prepare(images, targets))
-            auxiliary = auxiliary_losses(self.task.module)
+            if self.auxiliary_parts is None:  # looked for once: a walk costs as much as a layer
+                self.auxiliary_parts = auxiliary_parts(self.task.module)
+            found = (part.auxiliary_loss for part in self.auxiliary_parts)
+            auxiliary = [value for value in found if value is not None]
             if auxiliary:
                 loss = loss + self.config.auxiliary_loss * torch.stack(auxiliary).mean()
         loss = loss / self.accumulate
@@ -363,10 +367,10 @@ class _Run:
         self.evaluated_step = self.step
         self.history.append(record)
         progress.epoch(record)
-        if self._best() is record:
-            self.save_weights("best", record)
-        self.save_weights("last", record)
+        self.save_weights(record)
         if self.accelerator.is_main_process:
+            if self._best() is record:
+                files.copy(*(self.folder / f"{name}{files.WEIGHTS}" for name in ("last", "best")))
             _LOG.info(json.dumps(record))
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -403,8 +407,8 @@ class _Run:
 
     # --- checkpoints -----------------------------------------------------------------------------
 
-    def save_weights(self, name: str, metrics: dict[str, Any]) -> None:
-        """Write the weights for use as `name`; called in every process."""
+    def save_weights(self, metrics: dict[str, Any]) -> None:
+        """Write the weights for use as the last ones; called in every process."""
         network = self.task.network_of(self._averaged())
         if not self.accelerator.is_main_process:
             return
@@ -418,7 +422,7 @@ class _Run:
             metrics,
             pruned_layers(network),
         )
-        files.save_weights(self.folder / f"{name}{files.WEIGHTS}", network, description)
+        files.save_weights(self.folder / f"last{files.WEIGHTS}", network, description)
 
     def save_state(self) -> None:
         """Write the state to go on from; called in every process."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from vitarium.train.checkpoint import load_model
 from vitarium.train.data import read_image
 from vitarium.train.evaluate import create_accelerator
+from vitarium.train.task import require_classifier
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,11 @@ def predict(
 
     Raises:
         FileNotFoundError: the checkpoint or an image does not exist.
-        ValueError: the checkpoint is damaged, or a file holds no image.
+        ValueError: the checkpoint is damaged, or no classifier was trained, or a file holds no
+            image.
     """
     model, description = load_model(checkpoint)
+    require_classifier(description.config, checkpoint)
     accelerator = create_accelerator(device, description.config.precision)
     model.to(accelerator.device)
     inputs, transform = description.input, description.input.transform()

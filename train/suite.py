@@ -22,6 +22,7 @@ from vitarium.train.imagenet import CorruptionErrors, TestSet
 from vitarium.train.images import BrokenImages
 from vitarium.train.metrics import Evaluation, Predictions
 from vitarium.train.sources import SCHEME_FORMS, SCHEMES, VAL_NAMES, Splits, find_splits
+from vitarium.train.task import require_classifier
 from vitarium.train.weights import LoadedModel, load_weights
 from vitarium.zoo import Published, published
 
@@ -183,9 +184,12 @@ def evaluate_suite(
 
     Raises:
         FileNotFoundError: the data are missing.
-        ValueError: there are no data, or the classes are none of the model's, or it refuses a size.
+        ValueError: there are no data, or the classes are none of the model's, or it refuses a size,
+            or its classifier was not trained.
     """
     run = loaded.config
+    if run is not None:
+        require_classifier(run, loaded.path)
     if data is None:
         if run is None:
             raise ValueError(

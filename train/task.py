@@ -128,3 +128,20 @@ def create_task(config: TrainConfig, data: ImageData, device: torch.device) -> T
         ValueError, FileNotFoundError: the model or whatever else it needs cannot be had.
     """
     return pkgutil.resolve_name(TASKS[config.task])(config, data, device)
+
+
+def require_classifier(config: TrainConfig, origin: object) -> None:
+    """Refuse the weights of a run whose task trains no classifier.
+
+    Args:
+        config: of the run.
+        origin: where the weights are from, for the message.
+
+    Raises:
+        ValueError: its outputs are not classes of images.
+    """
+    if not pkgutil.resolve_name(TASKS[config.task]).of_classes:
+        raise ValueError(
+            f"{origin} holds the weights of a pre-training (task={config.task!r}), which has "
+            f"trained no classifier; vitarium train --initial_checkpoint {origin} does"
+        )

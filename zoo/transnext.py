@@ -90,7 +90,7 @@ class ConvolutionalGLU(nn.Module):
         else:
             # Two products: the convolution reads a map whose channels lie together.
             weights, biases = self.fc1.weight.chunk(2), self.fc1.bias.chunk(2)
-            gate, value = (linear(x, *part) for part in zip(weights, biases))
+            gate, value = linear(x, weights[0], biases[0]), linear(x, weights[1], biases[1])
         gate = self.dwconv(gate.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.drop2(self.fc2(self.drop1(self.act(gate) * value)))
 

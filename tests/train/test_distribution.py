@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from vitarium.train import TrainConfig, resume, train
+from vitarium.train.checkpoint import load_newest_state
 from vitarium.train.config import AugmentConfig, CheckpointConfig
 
 # Sums over a batch are taken in two parts; Adam's first steps divide small gradients by their size.
@@ -131,6 +134,46 @@ def test_an_error_of_one_process_ends_the_job(config, tmp_path: Path) -> None:
     errors = two_processes("train", config=halved(config), output=tmp_path)
     assert errors.keys() == {0, 1}
     assert all("holds a run already" in message for message in errors.values())
+
+
+PLANTED = """
+import os, sys
+from vitarium.train import TrainConfig, loop
+
+def die(run, images, targets, step=loop._Run._train_step):
+    if run.step == 4 and os.environ["RANK"] == "1":
+        {how}
+    step(run, images, targets)
+
+loop._Run._train_step = die
+with open(sys.argv[1]) as file:
+    loop.train(TrainConfig.from_yaml(file.read()), output=sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "shown"),
+    [
+        ("raise RuntimeError('the second process is ill')", "the second process is ill"),
+        ("os.kill(os.getpid(), 9)", "SIGKILL"),
+    ],
+    ids=["error", "killed"],
+)
+def test_a_process_that_dies_ends_the_job(config, tmp_path: Path, how, shown) -> None:
+    """Under `torchrun`, which shows the error; the last state is whole."""
+    (tmp_path / "planted.py").write_text(PLANTED.format(how=how))
+    (tmp_path / "recipe.yaml").write_text(halved(config).to_yaml())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", "planted.py", "recipe.yaml", "run"]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert ended.returncode == 1
+    assert shown in ended.stderr
+    state, damaged = load_newest_state(tmp_path / "run")
+    assert not damaged
+    assert state is not None and state["step"] == 4
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(alone, config, tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 
+import PIL.Image
 import pytest
 import timm
 import torch
 
 import vitarium.zoo  # noqa: F401  registers our models
+from vitarium.cli.main import main
 from vitarium.train import TrainConfig, train
 from vitarium.train.checkpoint import load_model
 from vitarium.train.config import (
@@ -120,7 +122,7 @@ def pretraining(**changes: object) -> TrainConfig:
     return TrainConfig(**{**values, **changes})
 
 
-def test_positions_are_learnt_and_weights_go_on(tmp_path) -> None:
+def test_positions_are_learnt_and_weights_go_on(tmp_path, capsys) -> None:
     result = train(pretraining(), output=tmp_path / "pretrained")
     assert result.last["total"] == 360 * 8
     assert result.last["accuracy"] > 2 / 16  # chance is 1 in 16
@@ -131,6 +133,12 @@ def test_positions_are_learnt_and_weights_go_on(tmp_path) -> None:
     network = create_network(config, 10)
     assert torch.equal(network.blocks[0].attn.qkv.weight, start.blocks[0].attn.qkv.weight)
     assert all(p.requires_grad for p in network.parameters())
+    # A classifier that nobody has trained answers nothing.
+    image = tmp_path / "digit.png"
+    PIL.Image.new("L", (8, 8)).save(image)
+    for command in (["eval"], ["predict", str(image)]):
+        assert main([command[0], str(result.folder), *command[1:]]) == 1
+        assert "has trained no classifier" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,8 +56,10 @@ def cut(path: Path) -> None:
 
 def flip(path: Path) -> None:
     """One bit of a weight: the file has its length and its directory, but not its checksums."""
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[largest.header_offset + largest.file_size // 2] ^= 1
     path.write_bytes(data)
 
 

@@ -64,6 +64,11 @@ class CascadedGroupAttention(Mixer, name="cascaded_group"):
         r"(?:attn\.)?((?:qkvs|dws)\.\d+|proj\.1)\.(?:conv|c)\.(\w+)": r"\1.c.\2",
         r"attn\.(.*)": r"\1",
     }
+    cost = (
+        "N*C*key_dim*(2 + attn_ratio*(1 + num_heads)) "
+        "+ N*num_heads*window_resolution**2*key_dim*(1 + attn_ratio) "
+        "+ N*key_dim*sum(kernels**2)"
+    )
     examples = (
         {"dim": 24, "key_dim": 8, "num_heads": 2, "attn_ratio": 1.5, "window_resolution": 5,
          "kernels": (5, 3), "zero_init_last": False},

@@ -1,15 +1,16 @@
 """What mixers read and what they cost: the data of the atlas (`vitarium explain --mixers`).
 
 A mixer's formula is its class's `cost`; its exponent is measured (`vitarium.benchmarks.scaling`).
-What a position reads comes from the mixer's own attention map. Where it has none, keys being
-pooled or there being none, it is the size of the output's gradient by every position of the input.
+What a position reads is the mixer's own attention map, or where it has none the size of the
+output's gradient by every position of the input. The gradient also tells what is reached otherwise:
+through statistics of the map, through convolutions, or through what weights are made of.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ from vitarium.zoo.testbed_settings import Place, arguments_for
 SIDE = 16  # of the map, in tokens
 QUERY = (6, 9)  # off the middle, where no window, stripe or region is symmetric
 DIM = 48
-SEEDS = 4  # draws of weights and map; of what content chooses one is shown, or all would blur
+SEEDS = 12  # draws of weights and map; of what content chooses one is shown, or all would blur
 
 # Arguments in formulas by the letters that papers have for them, in the order of the legend.
 LETTERS = {
@@ -77,16 +78,15 @@ class Entry:
     Attributes:
         mixer: its name.
         kind: what it attends to, a key of `testbed_views.COLOURS`.
-        reads: `(SIDE, SIDE)`, how much the output at `QUERY` depends on every position; the largest
-            is 1, and 0 what it does not depend on.
-        from_attention: whether `reads` are attention weights, and no gradients.
+        reads: `(SIDE, SIDE)`, how much the output at `QUERY` attends to every position, 1 at most.
+        reached: `(SIDE, SIDE)`, whether it depends on that position in any way.
         exponent: p such that the measured time grows with tokens to the power of p.
     """
 
     mixer: str
     kind: str
     reads: Tensor
-    from_attention: bool
+    reached: Tensor
     exponent: float | None = None
 
 
@@ -103,61 +103,61 @@ def entries(names: Sequence[str] = (), records: Sequence[Record] = ()) -> list[E
     known("mixer", names, MIXERS)
     growth = {
         name: exponent
-        for (name, _, mode), exponent in exponents(_scaling(records)).items()
+        for (name, _, mode), exponent in exponents(scaling_records(records)).items()
         if mode == "forward"
     }
-    found = []
-    for name in names or MIXERS:
-        reads, from_attention = what_is_read(name)
-        found.append(Entry(name, kind_of(name), reads, from_attention, growth.get(name)))
-    return found
-
-
-def _scaling(records: Sequence[Record]) -> list[Record]:
-    """Of mixers by themselves, float32, on maps of several sizes of one width."""
     return [
-        r
-        for r in records
-        if r.kind == "mixer" and r.dtype == "float32" and r.case == "x".join(map(str, _map(r)))
+        Entry(name, kind_of(name), *what_is_read(name), growth.get(name))
+        for name in names or sorted(MIXERS)
     ]
 
 
-def _map(r: Record) -> list[int]:
-    return next(iter(r.shapes.values()))[1:-1]
+def scaling_records(records: Iterable[Record]) -> list[Record]:
+    """Those of `bench_scaling` in float32: of mixers whose case is the size of their map."""
+    return [
+        r
+        for r in records
+        if r.kind == "mixer"
+        and r.dtype == "float32"
+        and r.case == "x".join(map(str, next(iter(r.shapes.values()))[1:-1]))
+    ]
 
 
-def what_is_read(name: str) -> tuple[Tensor, bool]:
-    """How much an output depends on every position, and whether that is the mixer's attention.
+def what_is_read(name: str) -> tuple[Tensor, Tensor]:
+    """How much an output attends to every position, and whether it depends on it in any way.
 
     Returns:
-        `(SIDE, SIDE)`, at most 1, the mean over heads or channels and over draws of weights and
-        map; one draw, if the mixer is `routed`.
+        `(SIDE, SIDE)` in float64, at most 1, the mean over heads or channels and over draws of
+        weights and map (one draw, if the mixer is `routed`); and `(SIDE, SIDE)` in bool.
     """
     place = Place(0, 0, 0, 2, DIM, 2, SIDE)
     arguments = arguments_for(name, place, nano=True) or dict(MIXERS[name].examples[0])
     arguments.pop("dim", None)
-    total, from_attention = torch.zeros(SIDE, SIDE), True
+    reads = reached = torch.zeros(SIDE, SIDE, dtype=torch.float64)
     with torch.random.fork_rng(devices=[]):
         for seed in range(1 if MIXERS[name].routed else SEEDS):
             torch.manual_seed(seed)
             mixer = build_mixer((name, arguments), DIM).eval()
             for parameter in mixer.parameters():  # nothing may be without effect
                 torch.nn.init.normal_(parameter, std=max(1, parameter.shape[-1]) ** -0.5)
-            x = torch.randn(1, SIDE, SIDE, DIM)
+            mixer = mixer.double()
+            x = torch.randn(1, SIDE, SIDE, DIM, dtype=torch.float64)
+            gradient = _sensitivity(mixer, x)
             try:
                 weights = mixer.attention_map(x, QUERY)[0].abs().mean(0)
             except NotImplementedError:
-                weights, from_attention = _sensitivity(mixer, x), False
-            total += weights / weights.max()
-    return total / total.max(), from_attention
+                weights = gradient
+            reads = reads + weights / weights.max()
+            reached = reached + gradient / gradient.max()
+    return reads / reads.max(), (reached > 1e-12) | (reads > 0)
 
 
 def _sensitivity(mixer: Mixer, x: Tensor) -> Tensor:
-    """Size of the gradient of random combinations of the output's channels, per position."""
+    """Size of the gradient of a random combination of the output's channels, per position."""
     x = x.clone().requires_grad_()
     with torch.enable_grad():
         output = mixer(x)[0, QUERY[0], QUERY[1]]
-        (grad,) = torch.autograd.grad(output @ torch.randn(output.shape[0]), x)
+        (grad,) = torch.autograd.grad(output @ torch.randn_like(output), x)
     return grad[0].abs().mean(-1)
 
 
@@ -173,18 +173,18 @@ def multiply_adds(name: str, arguments: Mapping[str, Any], size: tuple[int, int]
         size: height and width of the map.
     """
     height, width = size
-    mixer = build_mixer((name, {k: v for k, v in arguments.items() if k != "dim"}), arguments["dim"])
+    mixer = build_mixer(
+        (name, {k: v for k, v in arguments.items() if k != "dim"}), arguments["dim"]
+    )
     parameters = inspect.signature(type(mixer).__init__).parameters
-    values = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
-    values |= arguments
-    for key, value in values.items():
-        if value is None:  # what it is by default, the mixer knows
-            values[key] = getattr(mixer, key, None)
-        if isinstance(value, tuple):
-            values[key] = np.array(value)
-    names = {"H": height, "W": width, "N": height * width, "C": arguments["dim"]}
-    functions = {"min": min, "sum": np.sum, "range": np.arange, "__builtins__": {}}
-    return float(eval(type(mixer).cost, functions, {**values, **names}))
+    values: dict[str, Any] = {"min": min, "sum": np.sum, "range": np.arange}
+    for key in re.findall(r"[a-z_]+", mixer.cost):
+        value = arguments.get(key, parameters[key].default if key in parameters else None)
+        if key not in values:  # what None stands for, the mixer knows
+            value = getattr(mixer, key) if value is None else value
+            values[key] = np.array(value) if isinstance(value, tuple) else value
+    values |= {"H": height, "W": width, "N": height * width, "C": arguments["dim"]}
+    return float(eval(mixer.cost, {"__builtins__": {}}, values))
 
 
 def formula(name: str) -> str:
@@ -195,6 +195,7 @@ def formula(name: str) -> str:
     for argument, letter in sorted(LETTERS.items(), key=lambda item: -len(item[0])):
         text = re.sub(rf"\b{argument}\b", letter, text)
     text = text.replace("**2", "²").replace("**4", "⁴").replace("//", "/").replace("sum", "Σ")
+    text = text.replace("f*range(L)", "f*l")
     text = re.sub(r"(?<=\d)\*(?=\d)", " · ", text)
     return text.replace("*", "")
 

@@ -60,7 +60,7 @@ LETTERS = {
     "block_size": "b",
     "halo_size": "o",
     "radius": "R",
-    "alpha": "α",
+    "alpha": "a",
     "num_scales": "S",
     "focal_level": "L",
     "focal_window": "k",
@@ -173,9 +173,7 @@ def multiply_adds(name: str, arguments: Mapping[str, Any], size: tuple[int, int]
         size: height and width of the map.
     """
     height, width = size
-    mixer = build_mixer(
-        (name, {k: v for k, v in arguments.items() if k != "dim"}), arguments["dim"]
-    )
+    mixer = MIXERS[name](**arguments)
     parameters = inspect.signature(type(mixer).__init__).parameters
     values: dict[str, Any] = {"min": min, "sum": np.sum, "range": np.arange}
     for key in re.findall(r"[a-z_]+", mixer.cost):

@@ -42,9 +42,9 @@ def parser() -> ArgumentParser:
     parser = _Parser(
         description="Draw what a position of an image attends to at every stage of a model, and "
         "measure the importance of its heads: the size of the loss's derivative by a gate on the "
-        "head (Michel et al., arXiv 1905.10650), mean over the images, for the model's own answers. "
-        "`explain --mixers [MIXER...]` instead draws which positions each mixer reads, with its "
-        "cost; `explain --mixers --help` says more."
+        "head (Michel et al., arXiv 1905.10650), mean over the images, for the model's own "
+        "answers. `explain --mixers` instead draws which positions each mixer reads, and what it "
+        "costs; `explain --mixers --help` says more."
     )
     add_weight_arguments(parser)
     parser.add_argument(

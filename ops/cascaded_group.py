@@ -33,8 +33,8 @@ class CascadedGroupAttention(Mixer, name="cascaded_group"):
     all with batch normalisation, and bias_i is a table over the distances of rows and columns. A
     map that windows do not divide is padded with zeros at the bottom and right, which are attended
     to, as in the official code. Cost for N tokens in windows of w x w: with the widths d of queries
-    and v = attn_ratio d of values, N (C (2 d + v + num_heads v) + num_heads w^2 (d + v)) multiply-adds, and
-    the depthwise convolutions.
+    and v = attn_ratio d of values, N (C (2 d + v + num_heads v) + num_heads w^2 (d + v))
+    multiply-adds, and the depthwise convolutions.
 
     Parameters are named as in the official code; state dicts of timm's `CascadedGroupAttention` and
     `LocalWindowAttention` load, too. In `attention_map` a head has its own weights, on what it

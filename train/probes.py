@@ -130,7 +130,8 @@ def probe(name: str) -> Probe:
     """
     if name not in PROBES:
         raise ValueError(
-            f"data='probe:{name}' is unknown{nearest(name, PROBES)}; allowed are {', '.join(PROBES)}"
+            f"data='probe:{name}' is unknown{nearest(name, PROBES)}; allowed are "
+            f"{', '.join(PROBES)}"
         )
     return PROBES[name]
 

@@ -49,8 +49,8 @@ def testbed(
         mlp_ratio: hidden width of the feed-forward networks over the stage's channels.
         img_size: side of the images that tables of the mixers are made for; any size is taken.
         nano: take the settings for images of 32 pixels.
-        init_std: standard deviation of the initial weights of linear layers. The papers' 0.02 leaves
-            layers of few channels so close to nothing that comparisons of tokens are learned late.
+        init_std: standard deviation of the initial weights of linear layers. The papers' 0.02
+            leaves layers of few channels so small that comparisons of tokens are learned late.
         kwargs: further arguments of `Pyramid`, which win over those set here.
 
     Raises:

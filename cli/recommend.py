@@ -144,8 +144,8 @@ def _cells(choice: Choice) -> tuple[str, ...]:
 def recipe_of(name: str) -> str:
     """The recipe of the model of the same family with the most alike name; else for fine-tuning."""
     import timm
+    import yaml
 
-    from vitarium.train import TrainConfig
     from vitarium.train.config import find_recipe, recipe_names
 
     def family(model: str) -> str:
@@ -154,10 +154,11 @@ def recipe_of(name: str) -> str:
     model = name.partition(".")[0]
     fitting = {}
     for recipe in recipe_names():
-        config = TrainConfig.from_yaml(*find_recipe(recipe))
-        anew = config.task == "classification" and not config.pretrained and config.freeze is None
-        if anew and timm.is_model(config.model) and family(config.model) == family(model):
-            likeness = difflib.SequenceMatcher(None, model, config.model).ratio()
+        values = yaml.safe_load(find_recipe(recipe)[0])
+        other = values.get("model", "")
+        anew = not any(values.get(key) for key in ("task", "pretrained", "freeze"))
+        if anew and timm.is_model(other) and family(other) == family(model):
+            likeness = difflib.SequenceMatcher(None, model, other).ratio()
             fitting[recipe] = (likeness, -len(recipe))
     return max(fitting, key=lambda recipe: fitting[recipe], default="finetune")
 

@@ -81,25 +81,14 @@ def bench_testbed(
     Raises:
         ValueError: an argument is unknown or out of range.
     """
-    known("mixer", names, MIXERS)
-    for name, value in (("seeds", seeds), ("jobs", jobs)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    names = list(dict.fromkeys(names)) or sorted(MIXERS)
+    names = mixers_named(names)
+    at_least_one(seeds=seeds, jobs=jobs)
     recipe = recipe or TrainConfig.from_yaml(*find_recipe(RECIPE))
     if recipe.image_size is None:
         raise ValueError("recipe.image_size=None must be a size: mixers are measured with it")
     file = Path(output) / "testbed.jsonl"
-    before = record.read(file) if file.exists() else []
-    done = {_identity(r) for r in before if r.implementation == TRAINED and r.accuracy is not None}
-    runs = [_run(name, seed, recipe) for seed in range(seeds) for name in names]
-    due = [run for run in runs if _run_identity(run) not in done]
-    if len(due) < len(runs):
-        progress(f"{len(runs) - len(due)} of {len(runs)} runs recorded before")
-    for number, found in enumerate(_train_all(due, jobs), 1):
-        record.append(file, [found])
-        progress(f"{number}/{len(due)} {_outcome(found)}")
-    records = record.read(file)
+    runs = [run_of(name, seed, recipe) for seed in range(seeds) for name in names]
+    records = train_due(runs, file, jobs, progress)
     trained = [row for row in rows(records, names, recipe) if row.accuracies]
     if not all(row.forward and row.training for row in trained):
         record.append(file, _measured(names, recipe, seconds, progress))
@@ -112,7 +101,50 @@ def bench_testbed(
 # --- training -------------------------------------------------------------------------------------
 
 
-def _run(mixer: str, seed: int, recipe: TrainConfig) -> Run:
+def mixers_named(names: Sequence[str]) -> list[str]:
+    """Each of them once; all, if there are none.
+
+    Raises:
+        ValueError: one is unknown.
+    """
+    known("mixer", names, MIXERS)
+    return list(dict.fromkeys(names)) or sorted(MIXERS)
+
+
+def at_least_one(**numbers: int) -> None:
+    """Refuse an argument below 1.
+
+    Raises:
+        ValueError: with its name.
+    """
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+
+
+def train_due(
+    runs: Sequence[Run], file: Path, jobs: int, progress: Callable[[str], None]
+) -> list[Record]:
+    """All records of a file, when those runs are in it; only what it lacks is trained.
+
+    Args:
+        runs: what is wanted, in this order.
+        file: JSON Lines file that records are appended to.
+        jobs: processes of one thread each that train at a time.
+        progress: called with a line about each step.
+    """
+    before = record.read(file) if file.exists() else []
+    done = {_identity(r) for r in before if r.implementation == TRAINED and r.accuracy is not None}
+    due = [run for run in runs if _run_identity(run) not in done]
+    if len(due) < len(runs):
+        progress(f"{len(runs) - len(due)} of {len(runs)} runs recorded before")
+    for number, found in enumerate(_train_all(due, jobs), 1):
+        record.append(file, [found])
+        progress(f"{number}/{len(due)} {_outcome(found)}")
+    return record.read(file) if file.exists() else []
+
+
+def run_of(mixer: str, seed: int, recipe: TrainConfig) -> Run:
     kwargs = {**recipe.model_kwargs, "mixers": mixer}
     return Run(mixer, MIXERS[mixer].__module__, replace(recipe, model_kwargs=kwargs, seed=seed))
 

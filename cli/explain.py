@@ -1,8 +1,13 @@
-"""`vitarium explain`: where a position of an image looks at every stage, and which heads matter."""
+"""`vitarium explain`: where a position of an image looks at every stage, and which heads matter.
+
+With `--mixers`, which positions each mixer reads (`vitarium.cli.atlas`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,17 +18,33 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from vitarium.cli import atlas
 from vitarium.cli.weights import add_weight_arguments, weights_of
 from vitarium.train.data import InputConfig, read_image
 from vitarium.train.explain import HeadImportance, head_importance
 from vitarium.train.plots import explain_picture, head_importance_picture, most_contrast
 
 
+class _Parser(ArgumentParser):
+    """Leaves a command line with `--mixers` to the atlas, which takes no model and no image."""
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any
+    ) -> Namespace:
+        if args is None or "--mixers" not in args:
+            return super().parse_args(args, *rest, **kwargs)
+        other = atlas.parser()
+        other.prog, other.exit_on_error = self.prog, False
+        return other.parse_args(args, *rest, **kwargs)
+
+
 def parser() -> ArgumentParser:
-    parser = ArgumentParser(
+    parser = _Parser(
         description="Draw what a position of an image attends to at every stage of a model, and "
         "measure the importance of its heads: the size of the loss's derivative by a gate on the "
-        "head (Michel et al., arXiv 1905.10650), mean over the images, for the model's own answers."
+        "head (Michel et al., arXiv 1905.10650), mean over the images, for the model's own "
+        "answers. `explain --mixers` instead draws which positions each mixer reads, and what it "
+        "costs; `explain --mixers --help` says more."
     )
     add_weight_arguments(parser)
     parser.add_argument(
@@ -43,6 +64,9 @@ def parser() -> ArgumentParser:
 
 
 def run(config: Namespace) -> None:
+    if "mixers" in config:
+        atlas.run(config)
+        return
     output = Path(config.output)
     if output.suffix != ".png":
         raise ValueError(f"output={str(output)!r} must end in .png")

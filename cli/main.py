@@ -26,6 +26,8 @@ COMMANDS = {
     "export": "write a model as a torch.export program and as ONNX, checked",
     "bench": "measure models: parameters, GFLOPs, latency, throughput, memory",
     "testbed": "train every mixer in one macro design, and compare them",
+    "probes": "train mixers on drawn tasks that tell what they see",
+    "recommend": "models by published accuracy that fit a latency, on this machine",
     "list": "list the models of this package, with published figures",
     "info": "describe one model",
     "doctor": "versions, devices, and which backends can run",

@@ -20,35 +20,48 @@ def parser() -> ArgumentParser:
         "them, and draw accuracy over operations, latency and memory. What is recorded in the "
         "output is not done again: the same command goes on where it ended.",
     )
+    add_arguments(parser, recipe="testbed", output="runs/testbed")
+    parser.add_argument(
+        "--seconds", type=NonNegativeFloat, default=2.0, help="of measuring, per mixer"
+    )
+    return parser
+
+
+def add_arguments(parser: ArgumentParser, recipe: str, output: str) -> None:
+    """Arguments of commands that train mixers with one recipe."""
     parser.add_argument("names", metavar="MIXER", type=str, nargs="*", help="all, if none")
     parser.add_argument("--seeds", type=PositiveInt, default=3, help="trainings of each mixer")
     parser.add_argument("--jobs", type=PositiveInt, default=1, help="processes of one thread each")
     parser.add_argument(
-        "--config", metavar="RECIPE", type=str, default="testbed", help="recipe by name, or a file"
+        "--config", metavar="RECIPE", type=str, default=recipe, help="recipe by name, or a file"
     )
     parser.add_argument(
         "--epochs", type=PositiveInt | None, default=None, help="the recipe's, if not given"
     )
     parser.add_argument(
-        "--seconds", type=NonNegativeFloat, default=2.0, help="of measuring, per mixer"
-    )
-    parser.add_argument(
-        "--output", metavar="FOLDER", type=str, default="runs/testbed",
+        "--output", metavar="FOLDER", type=str, default=output,
         help="of records, table and picture",
     )  # fmt: skip
-    return parser
+
+
+def recipe_of(config: Namespace) -> TrainConfig:
+    """What is trained, as `add_arguments` has it.
+
+    Raises:
+        ArgumentError: there is no such recipe, or it is wrong.
+    """
+    try:
+        recipe = TrainConfig.from_yaml(*find_recipe(config.config))
+        return recipe if config.epochs is None else recipe.with_epochs(int(config.epochs))
+    except ConfigError as error:
+        raise ArgumentError(None, str(error)) from None
 
 
 def run(config: Namespace) -> int:
     from vitarium.benchmarks.testbed import bench_testbed
 
     console = Console()
-    try:
-        recipe = TrainConfig.from_yaml(*find_recipe(config.config))
-        if config.epochs is not None:
-            recipe = recipe.with_epochs(int(config.epochs))
-    except ConfigError as error:
-        raise ArgumentError(None, str(error)) from None
+    recipe = recipe_of(config)
     try:
         rows = bench_testbed(
             config.names,

@@ -211,6 +211,7 @@ class AgentAttention(Agents, Mixer, name="agent"):
     paper = PAPER
     linear = True
     operator = NAME
+    cost = "4*N*C**2 + 4*N*agent_num*C + 9*N*C"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 32, "num_heads": 2, "agent_num": 9, "window": 7},
         {"dim": 24, "agent_num": 4, "window": 5, "downstream_agent_shape": (3, 4)},
@@ -338,6 +339,7 @@ class AgentReducedAttention(Agents, Mixer, name="agent_pvt"):
     paper = PAPER
     linear = True
     operator = NAME
+    cost = "4*N*C**2 + 4*N*agent_num*C + 9*N*C"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 32, "num_patches": 64, "num_heads": 2, "agent_num": 9, "qkv_bias": True},
         {"dim": 24, "num_patches": 49, "num_heads": 3, "agent_num": 4, "sr_ratio": 2},

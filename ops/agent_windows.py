@@ -54,6 +54,7 @@ class AgentWindowAttention(InWindows, AgentAttention, name="agent_window"):
         ValueError: a number of heads or agents, or a size, is impossible.
     """
 
+    cost = "4*N*C**2 + 4*N*agent_num*C + 9*N*C"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 32, "window_size": 5, "num_heads": 2, "agent_num": 4, "shift_size": 2},
     )
@@ -177,6 +178,7 @@ class AgentCrossShapedAttention(Mixer, name="agent_cswin"):
     paper = PAPER
     linear = True
     operator = NAME
+    cost = "4*N*C**2 + 4*N*agent_num*C + 9*N*C"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 32, "resolution": 8, "num_heads": 2, "split_size": 3, "agent_num": 4},
         {"dim": 24, "resolution": 7, "num_heads": 3, "agent_num": 9, "last_stage": True},

@@ -126,6 +126,10 @@ class AggregatedAttention(Mixer, name="aggregated"):
         "cpb_fc2.weight",
         "cpb_fc2.bias",
     )
+    cost = (
+        "(4*N + 2*N/sr_ratio**2)*C**2 + 2*N*C*(N/sr_ratio**2 + 1.5*window_size**2) "
+        "+ 512*(num_heads + 2)*(2*H - sr_ratio)*(2*W - sr_ratio)"
+    )
     examples = (
         {"dim": 24, "num_heads": 2, "sr_ratio": 2},
         {"dim": 32, "num_heads": 4, "window_size": 5, "sr_ratio": 4, "pretrain_size": (14, 14)},
@@ -304,6 +308,10 @@ class AggregatedMixtureOfHeadAttention(AggregatedAttention, name="aggregated_mix
     paper = "MoH: Multi-Head Attention as Mixture-of-Head Attention (arXiv 2410.11842), TransNeXt"
     routed = True
     official_names: ClassVar[Mapping[str, str | None]] = {r"(wg(?:_[01])?\.weight)": r"router.\1"}
+    cost = (
+        "(4*N + 2*N/sr_ratio**2)*C**2 + 2*N*C*(N/sr_ratio**2 + 1.5*window_size**2) "
+        "+ N*C*(num_heads + 2) + 512*(num_heads + 2)*(2*H - sr_ratio)*(2*W - sr_ratio)"
+    )
     examples = (
         {"dim": 24, "num_heads": 4, "sr_ratio": 2, "shared_head": 1, "routed_head": 2},
         {"dim": 24, "num_heads": 3, "sr_ratio": 2, "shared_head": 3},

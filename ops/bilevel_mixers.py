@@ -83,6 +83,7 @@ class BiLevelRoutingAttention(Mixer, name="bilevel_routing"):
         r"wo\.(weight|bias)": r"proj.\1",
         r"router\.emb\.(weight|bias)": r"route_embed.\1",
     }
+    cost = "4*N*C**2 + 2*N*C*min(topk, n_win**2)*N/n_win**2 + side_dwconv**2*N*C"
     examples = (
         {"dim": 32, "num_heads": 2, "n_win": 2, "topk": 4, "side_dwconv": 5},
         {"dim": 32, "num_heads": 4, "n_win": 2, "topk": 4, "qk_dim": 16, "soft_routing": True},
@@ -259,6 +260,7 @@ class BiLevelRoutingAttentionNCHW(BiLevelRoutingAttention, name="bilevel_routing
         r"qkv_linear\.(weight|bias)": r"qkv.\1",
         r"output_linear\.(weight|bias)": r"proj.\1",
     }
+    cost = "4*N*C**2 + 2*N*C*min(topk, n_win**2)*N/n_win**2 + side_dwconv**2*N*C"
     examples = ({"dim": 32, "num_heads": 2, "n_win": 2, "topk": 9, "side_dwconv": 5},)
 
     def __init__(
@@ -337,6 +339,7 @@ class AttentionLePE(Mixer, name="attention_lepe"):
 
     paper = PAPER
     operator = "attention"
+    cost = "4*N*C**2 + 2*N**2*C + side_dwconv**2*N*C"
     examples = (
         {"dim": 32, "num_heads": 2},
         {"dim": 32, "num_heads": 4, "qkv_bias": True, "lepe_on": "value", "side_dwconv": 3},

@@ -33,8 +33,8 @@ class CascadedGroupAttention(Mixer, name="cascaded_group"):
     all with batch normalisation, and bias_i is a table over the distances of rows and columns. A
     map that windows do not divide is padded with zeros at the bottom and right, which are attended
     to, as in the official code. Cost for N tokens in windows of w x w: with the widths d of queries
-    and v = attn_ratio d of values, N num_heads (C (2 d + 2 v) + w^2 (d + v)) multiply-adds, and the
-    depthwise convolutions.
+    and v = attn_ratio d of values, N (C (2 d + v + num_heads v) + num_heads w^2 (d + v))
+    multiply-adds, and the depthwise convolutions.
 
     Parameters are named as in the official code; state dicts of timm's `CascadedGroupAttention` and
     `LocalWindowAttention` load, too. In `attention_map` a head has its own weights, on what it
@@ -64,6 +64,11 @@ class CascadedGroupAttention(Mixer, name="cascaded_group"):
         r"(?:attn\.)?((?:qkvs|dws)\.\d+|proj\.1)\.(?:conv|c)\.(\w+)": r"\1.c.\2",
         r"attn\.(.*)": r"\1",
     }
+    cost = (
+        "N*C*key_dim*(2 + attn_ratio*(1 + num_heads)) "
+        "+ N*num_heads*window_resolution**2*key_dim*(1 + attn_ratio) "
+        "+ N*key_dim*sum(kernels**2)"
+    )
     examples = (
         {"dim": 24, "key_dim": 8, "num_heads": 2, "attn_ratio": 1.5, "window_resolution": 5,
          "kernels": (5, 3), "zero_init_last": False},

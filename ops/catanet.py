@@ -81,6 +81,7 @@ class TokenAggregationAttention(Mixer, name="token_aggregation"):
     linear = True
     operator = "attention"
     routed = True
+    cost = "N*C*(3*C + 2*qk_dim) + N*num_tokens*C + N*(2*group_size + num_tokens)*(C + qk_dim)"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 24, "num_heads": 2, "qk_dim": 20, "group_size": 16},
         {"dim": 16, "num_heads": 4, "num_tokens": 3, "group_size": 128},
@@ -281,6 +282,7 @@ class OverlappingPatchAttention(Mixer, name="overlapping_patches"):
     paper = "CATANet (arXiv 2503.06896)"
     linear = True
     operator = "attention"
+    cost = "2*N*C*(C + qk_dim) + N*patch_size**4/(patch_size - 2)**2*(C + qk_dim)"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 24, "num_heads": 2, "qk_dim": 20, "patch_size": 6},
         {"dim": 16, "num_heads": 1, "patch_size": 16},

@@ -223,6 +223,7 @@ class ChannelAttentionV2(Mixer, name="channel_v2"):
     paper = "DaViT: Dual Attention Vision Transformers (arXiv 2204.03645)"
     linear = True
     operator = NAME
+    cost = "4*N*C**2 + 2*N*C**2/num_heads"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 32, "num_heads": 2},
         {"dim": 24, "num_heads": 3, "qkv_bias": False, "dynamic_scale": False},
@@ -286,6 +287,7 @@ class ChannelAttention(ChannelAttentionV2, name="channel"):
         ValueError: `num_heads` does not divide `dim`.
     """
 
+    cost = "4*N*C**2 + 2*N*C**2/num_heads"
     examples = ({"dim": 32, "num_heads": 2}, {"dim": 24, "num_heads": 3, "qkv_bias": True})
 
     def __init__(

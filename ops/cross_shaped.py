@@ -94,6 +94,7 @@ class CrossShapedAttention(Mixer, name="cross_shaped"):
 
     paper = "CSWin Transformer (arXiv 2107.00652)"
     operator = NAME
+    cost = "4*N*C**2 + N*(H + W)*split_size*C + 9*N*C"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 32, "num_heads": 4, "split_size": 3},
         {"dim": 24, "num_heads": 3, "last_stage": True, "qkv_bias": True},

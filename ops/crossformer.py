@@ -104,6 +104,7 @@ class LongShortDistanceAttention(WindowAttention, name="long_short_distance"):
     official_names: ClassVar[dict[str, str | None]] = {
         r"biases|relative_position_index|attn_mask": None
     }
+    cost = "4*N*C**2 + 2*N*group_size**2*C"
     examples = (
         {"dim": 32, "num_heads": 2, "group_size": 4},
         {"dim": 32, "num_heads": 2, "group_size": 3, "interval": 2, "lsda_flag": 1},

@@ -49,6 +49,7 @@ class MultiHeadAttention(Mixer, name="attention"):
     paper = "An Image is Worth 16x16 Words (arXiv 2010.11929)"
     operator = "attention"
     cross = True
+    cost = "4*N*C**2 + 2*N**2*C"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 32, "num_heads": 2},
         {"dim": 24, "num_heads": 3, "qkv_bias": False, "qk_norm": True},
@@ -175,6 +176,7 @@ class LengthScaledCosineAttention(Mixer, name="length_scaled_cosine"):
         "cpb_fc2.weight",
         "cpb_fc2.bias",
     )
+    cost = "4*N*C**2 + 2*N**2*C + 512*(num_heads + 2)*(2*H - 1)*(2*W - 1)"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 24, "num_heads": 2},
         {"dim": 32, "num_heads": 4, "qkv_bias": False, "pretrain_size": (7, 9)},
@@ -299,6 +301,7 @@ class MixtureOfHeadAttention(_Routed, LengthScaledCosineAttention, name="mixture
     """
 
     paper = "MoH: Multi-Head Attention as Mixture-of-Head Attention (arXiv 2410.11842)"
+    cost = "4*N*C**2 + 2*N**2*C + N*C*(num_heads + 2) + 512*(num_heads + 2)*(2*H - 1)*(2*W - 1)"
     examples = (
         {"dim": 32, "num_heads": 4, "shared_head": 1, "routed_head": 1},
         {"dim": 32, "num_heads": 8, "shared_head": 3, "routed_head": 2, "pretrain_size": 7},
@@ -330,6 +333,7 @@ class MixtureOfHeadDotProductAttention(
     """
 
     paper = "MoH: Multi-Head Attention as Mixture-of-Head Attention (arXiv 2410.11842)"
+    cost = "4*N*C**2 + 2*N**2*C + N*C*(num_heads + 2)"
     examples = (
         {"dim": 32, "num_heads": 4, "shared_head": 2, "routed_head": 1, "qk_norm": True},
         {"dim": 32, "num_heads": 4, "shared_head": 0, "routed_head": 2, "is_causal": True},
@@ -383,6 +387,7 @@ class SingleHeadAttention(Mixer, name="single_head"):
 
     paper = "SHViT: Single-Head Vision Transformer (arXiv 2401.16456)"
     operator = "attention"
+    cost = "N*(pdim*(2*qk_dim + pdim) + C**2) + N**2*(qk_dim + pdim)"
     examples = (
         {"dim": 32, "pdim": 12, "zero_init_last": False},
         {"dim": 56, "qk_dim": 8, "zero_init_last": False},

@@ -65,6 +65,7 @@ class DiscAttention(Mixer, name="disc"):
     operator = "window_attention"
     cross = True
     no_weight_decay = ("rpb",)
+    cost = "4*N*C**2 + 2*N*(2*radius - 1)**2*C"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 24, "num_heads": 2, "radius": 3, "rel_pos_bias": True},
         {"dim": 24, "num_heads": 2, "radius": 2, "down_factor": 4},

@@ -142,6 +142,7 @@ class FlowAttention(Mixer, name="flow"):
     official_names: ClassVar[Mapping[str, str | None]] = {
         r"out_projection\.(weight|bias)": r"proj.\1"
     }
+    cost = "4*N*C**2 + 2*N*C**2/num_heads + 6*N*C"
     examples = (
         {"dim": 32, "num_heads": 4},
         {"dim": 24, "num_heads": 2, "d_model": 16, "flow_eps": 0.0},

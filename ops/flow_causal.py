@@ -97,6 +97,7 @@ class FlowAttentionCausal(Mixer, name="flow_causal"):
     linear = True
     operator = "causal_linear_attention"
     cross = True
+    cost = "4*N*C**2 + 2*N*C**2/n_heads"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 24, "n_heads": 2},
         {"dim": 16, "n_heads": 3, "d_model": 24},

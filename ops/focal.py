@@ -51,6 +51,10 @@ class FocalModulation(Mixer, name="focal"):
 
     paper = "Focal Modulation Networks (arXiv 2203.11926)"
     linear = True
+    cost = (
+        "4*N*C**2 + N*C*(focal_level + 1) + N*C*sum((focal_window "
+        "+ focal_factor*range(focal_level))**2)"
+    )
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"dim": 32, "focal_window": 3, "focal_level": 2},
         {"dim": 24, "focal_window": 5, "focal_level": 1, "bias": False, "use_post_norm": True,

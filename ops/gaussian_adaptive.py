@@ -47,6 +47,7 @@ class GaussianAdaptiveAttention(Mixer, name="gaussian_adaptive"):
 
     paper = "Gaussian Adaptive Attention is All You Need (arXiv 2401.11143)"
     linear = True
+    cost = "0"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 18, "num_heads": 4, "num_gaussians": 3},
         {"dim": 8, "norm_axis": 1, "num_heads": 4, "num_gaussians": 2, "padding_value": 0.0},
@@ -184,6 +185,7 @@ class GaussianBlock(Mixer, name="gaussian_block"):
 
     paper = "Gaussian Adaptive Attention is All You Need (arXiv 2401.11143)"
     linear = True
+    cost = "0"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = ({"dim": 12},)
 
     def __init__(

@@ -72,6 +72,7 @@ class GroupedQueryAttention(Mixer, name="grouped_query"):
     paper = "GQA (arXiv 2305.13245)"
     operator = "attention"
     cross = True
+    cost = "(2 + 2*num_kv_heads/num_heads)*N*C**2 + 2*N**2*C"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 24, "num_heads": 4, "qkv_bias": True},
         {"dim": 24, "num_heads": 6, "num_kv_heads": 2},
@@ -160,6 +161,7 @@ class KeyDrivenGroupedQueryAttention(GroupedQueryAttention, name="key_driven_gro
     """
 
     paper = "Key-Driven Grouped Query Attention (arXiv 2408.08454)"
+    cost = "(2 + 2*num_kv_heads/num_heads)*N*C**2 + 2*N**2*C"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 24, "num_heads": 6, "num_kv_heads": 4, "qkv_bias": True},
         {"dim": 24, "num_heads": 4, "kind": "ema"},

@@ -55,6 +55,10 @@ class HaloAttention(Mixer, name="halo"):
     linear = True
     operator = NAME
     cross = True
+    cost = (
+        "3*N*C**2 + 2*N*(block_size + 2*halo_size)*C + 2*N*(block_size + 2*halo_size)**2*(C "
+        "+ (block_size + 2*halo_size)*num_heads)"
+    )
     examples = (
         {"dim": 32, "num_heads": 2, "block_size": 4, "halo_size": 2},
         {"dim": 24, "num_heads": 3, "block_size": 3, "halo_size": 1, "dim_head": 4},
@@ -261,6 +265,7 @@ class OverlappingCrossAttention(Mixer, name="overlapping_cross"):
     cross = True
     no_weight_decay = ("relative_position_bias_table",)
     official_names: ClassVar[dict[str, str | None]] = {r"relative_position_index(_OCA)?": None}
+    cost = "4*N*C**2 + 2*N*(window_size*(1 + overlap_ratio))**2*C"
     examples = (
         {"dim": 32, "num_heads": 2, "window_size": 4, "overlap_ratio": 0.5},
         {"dim": 24, "num_heads": 3, "window_size": 3, "overlap_ratio": 2.0, "qkv_bias": False},

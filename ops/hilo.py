@@ -52,6 +52,10 @@ class HiLoAttention(Mixer, name="hilo"):
 
     paper = "Fast Vision Transformers with HiLo Attention (arXiv 2205.13213)"
     operator = "window_attention"
+    cost = (
+        "N*C**2*(3 - 2*alpha*(1 - 1/window_size**2) + alpha**2 + (1 - alpha)**2) "
+        "+ 2*N*C*(alpha*N/window_size**2 + (1 - alpha)*window_size**2)"
+    )
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 32, "num_heads": 4, "alpha": 0.5, "qkv_bias": True},
         {"dim": 24, "num_heads": 3, "window_size": 3, "alpha": 0.9},

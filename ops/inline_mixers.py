@@ -180,6 +180,7 @@ class InLineAttention(JointProjection, Mixer, name="inline"):
     paper = PAPER
     operator = NAME
     linear = True
+    cost = "4*N*C**2 + 2*N*C**2/num_heads + 9*N*C"
     examples = (
         {"dim": 32, "num_heads": 4},
         {"dim": 24, "num_heads": 2, "qkv_bias": True, "kernel_func": "exp"},
@@ -248,6 +249,7 @@ class InLineWindowAttention(InWindows, InLineAttention, name="inline_window"):
         ValueError: as in `InLineAttention`, or a size is impossible.
     """
 
+    cost = "4*N*C**2 + 2*N*C**2/num_heads + 9*N*C"
     examples = (
         {"dim": 32, "num_heads": 4, "window_size": 7},
         {"dim": 24, "num_heads": 2, "window_size": (4, 5), "shift_size": 2, "kernel_func": "relu"},
@@ -360,6 +362,7 @@ class CrossShapedInLineAttention(Mixer, name="inline_cross_shaped"):
     paper = PAPER
     operator = NAME
     linear = True
+    cost = "4*N*C**2 + 2*N*C**2/num_heads + 18*N*C"
     examples = (
         {"dim": 32, "num_heads": 4, "split_size": 2},
         {"dim": 24, "num_heads": 3, "last_stage": True, "qkv_bias": True},

@@ -200,6 +200,7 @@ class KmeansRoutingAttention(Mixer, name="kmeans_routing"):
     operator = "attention"
     cross = True
     routed = True
+    cost = "4*N*C**2 + 2*N*num_clusters*C + 2*N**2*C/num_clusters"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 24, "num_heads": 2, "num_clusters": 4},
         {"dim": 24, "num_heads": 2, "num_clusters": 3, "window_size": 80, "num_mem_kv": 2},

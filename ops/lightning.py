@@ -79,6 +79,7 @@ class LightningAttention(Mixer, name="lightning"):
     )
     linear = True
     operator = "causal_linear_attention"
+    cost = "4*N*C**2 + 4*N*C**2/num_heads"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 24, "num_heads": 3, "layer_idx": 2},
         {"dim": 32, "num_heads": 2, "bias": True, "norm_type": "simplermsnorm", "layer_idx": 11},

@@ -52,6 +52,7 @@ class LinearAttention(Mixer, name="linear"):
     operator = NAME
     linear = True
     cross = True
+    cost = "4*N*C**2 + 2*N*C**2/num_heads"
     examples = (
         {"dim": 32, "num_heads": 2},
         {"dim": 32, "num_heads": 4, "feature_map": "focused", "normalization": "injective"},
@@ -145,6 +146,7 @@ class FocusedLinearAttention(JointProjection, Mixer, name="focused_linear"):
     operator = NAME
     linear = True
     no_weight_decay = ("positional_encoding", "scale")
+    cost = "4*N*C**2 + 2*N*C**2/num_heads + kernel_size**2*N*C"
     examples = (
         {"dim": 32, "num_heads": 4, "num_patches": 49},
         {"dim": 24, "num_heads": 2, "num_patches": (4, 5), "focusing_factor": 4, "kernel_size": 3},
@@ -285,6 +287,7 @@ class FocusedLinearWindowAttention(InWindows, FocusedLinearAttention, name="focu
         ValueError: as in `FocusedLinearAttention`, or a size is impossible.
     """
 
+    cost = "4*N*C**2 + 2*N*C**2/num_heads + kernel_size**2*N*C"
     examples = (
         {"dim": 32, "num_heads": 4, "window_size": 7},
         {"dim": 24, "num_heads": 2, "window_size": (4, 5), "shift_size": 2},

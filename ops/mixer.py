@@ -41,6 +41,9 @@ class Mixer(nn.Module):
         operator: name of the operator in `vitarium.ops.OPERATORS` that does the work; empty where
             ordinary operations do, and the mixer defines `_attention_map`.
         examples: constructor arguments that tests and tables try, each with a `dim`.
+        cost: multiply-adds on a map, as an expression of H, W, N = H W, C = `dim` and arguments by
+            their names, others being at their defaults; of the mixer as its first example has it.
+            What makes less than 3% is left out; "0" where there are no matrix products.
         cross: whether keys and values may come from a second map, `mix(x, context)`.
         routed: whether tokens choose what they attend to, so that rounding can change the choice.
         linear: whether cost grows with the number of tokens, no faster.
@@ -63,6 +66,7 @@ class Mixer(nn.Module):
     paper: ClassVar[str] = ""
     operator: ClassVar[str] = ""
     examples: ClassVar[Sequence[Mapping[str, Any]]] = ()
+    cost: ClassVar[str] = ""
     cross: ClassVar[bool] = False
     routed: ClassVar[bool] = False
     linear: ClassVar[bool] = False

@@ -60,6 +60,7 @@ class MultiAxisAttention(Mixer, name="multi_axis"):
         r"((norm[12]|mlp|ls[12])\..*)": r"attn_parallel.\1",
         r"(attn_(block|grid)\.(qkv|proj|rel_pos)\..*)": r"attn_parallel.attn.\1",
     }
+    cost = "8*N*C**2 + 4*N*window_size**2*C + 4*N*C**2*expand_ratio"
     examples = (
         {"dim": 32, "num_heads": 2, "window_size": 4},
         {"dim": 32, "dim_head": 8, "window_size": 4, "grid_size": 3, "init_values": 0.1},

@@ -188,6 +188,7 @@ class NeighborhoodAttention(Mixer, name="neighborhood"):
     operator = NAME
     cross = True
     no_weight_decay = ("rpb",)
+    cost = "4*N*C**2 + 2*N*kernel_size**2*C"
     examples = (
         {"dim": 32, "num_heads": 2, "kernel_size": 7},
         {"dim": 32, "num_heads": 4, "kernel_size": 3, "dilation": 2, "rel_pos_bias": False},
@@ -300,6 +301,7 @@ class GlobalAttention(NeighborhoodAttention, name="global"):
 
     paper = "Dilated Neighborhood Attention Transformer (arXiv 2209.15001), ViT-rpb baseline"
     linear = False
+    cost = "4*N*C**2 + 2*N**2*C"
     examples = ({"dim": 32, "num_heads": 2, "map_size": 7},)
 
     def __init__(

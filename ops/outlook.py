@@ -354,6 +354,7 @@ class OutlookAttention(Mixer, name="outlook"):
     paper = "VOLO: Vision Outlooker for Visual Recognition (arXiv 2106.13112)"
     linear = True
     operator = NAME
+    cost = "2*N*C**2 + N/stride**2*kernel_size**4*C*(num_heads + 1)"
     examples = (
         {"dim": 32, "num_heads": 2, "stride": 2},
         {"dim": 24, "num_heads": 3, "qkv_bias": True},

@@ -46,6 +46,7 @@ class PositionAwareAttention(Mixer, name="position_aware"):
     paper = "Towards Robust Vision Transformer (arXiv 2105.07926)"
     operator = "attention"
     no_weight_decay = ("att_mask",)
+    cost = "4*N*C**2 + N**2*(2*C + num_heads)"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 32, "num_heads": 2, "mask_size": (9, 12)},
         {"dim": 24, "num_heads": 3, "qkv_bias": True, "mask_size": 5},

@@ -62,6 +62,7 @@ class RetentionAttention(Mixer, name="retention"):
     )
     linear = True
     operator = "causal_linear_attention"
+    cost = "8*N*C**2 + 4*N*C**2/num_heads"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 24, "num_heads": 2},
         {"dim": 32, "num_heads": 4, "value_dim": 32, "gate_fn": "gelu", "score_norm": True},

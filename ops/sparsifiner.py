@@ -162,6 +162,10 @@ class SparsifinerAttention(Mixer, name="sparsifiner"):
     operator = "indexed_attention"
     routed = True
     indirect = (r"mask_predictor\..*",)
+    cost = (
+        "4*N*C**2 + 2*attn_keep_rate*N**2*C "
+        "+ input_resolution**2//reduce_n_factor*N*(N*num_heads + 3*C)"
+    )
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 24, "num_heads": 2, "input_resolution": 7},
         {"dim": 24, "num_heads": 2, "input_resolution": (5, 6), "attn_score_threshold": 0.01,

@@ -55,6 +55,7 @@ class TokenAwarePooling(Mixer, name="tap"):
         r"norm1\.(\w+)": r"norm.\1",
         r"attn\.(.*)": r"mixer.\1",
     }
+    cost = "4*N*C**2 + 2*N**2*C + 9*N*num_scales*(C + num_scales) + 9*N*C*(num_scales - 1)"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 32, "mixer": ("attention", {"num_heads": 2})},
         {"dim": 24, "mixer": ("window", {"num_heads": 2, "window_size": 4}), "num_scales": 3,

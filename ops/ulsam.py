@@ -36,6 +36,7 @@ class SubspaceAttention(Mixer, name="ulsam"):
 
     paper = "ULSAM (arXiv 2006.15102)"
     linear = True
+    cost = "0"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"dim": 24, "num_splits": 3},
         {"dim": 16, "num_splits": 1},

@@ -109,6 +109,7 @@ class WindowAttention(Mixer, name="window"):
         r"(rel_pos\.)?(relative_position_index|rel_coords_log|(height|width)_lookup)": None,
         r"rel_pos\.(relative_position_bias_table)": r"\1",
     }
+    cost = "4*N*C**2 + 2*N*window_size**2*C"
     examples = (
         {"dim": 32, "num_heads": 2, "window_size": 7},
         {"dim": 32, "num_heads": 2, "window_size": (4, 5), "shift_size": (2, 3)},
@@ -273,6 +274,7 @@ class GridAttention(WindowAttention, name="grid"):
     """
 
     paper = "MaxViT (arXiv 2204.01697)"
+    cost = "4*N*C**2 + 2*N*grid_size**2*C"
     examples = (
         {"dim": 32, "num_heads": 2, "grid_size": 7},
         {"dim": 32, "num_heads": 4, "grid_size": (3, 4), "rel_pos_type": "bias_tf"},

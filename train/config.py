@@ -116,11 +116,12 @@ class TrainConfig:
     """Everything that decides a training run, apart from where it is written.
 
     Args:
-        data: "digits" (scikit-learn's bundled scans); "folder:PATH" with one folder of images per
-            class, or `train/` and `val/` that hold them; "tar:PATH" (such folders in tar files);
-            "wds:PATH" (WebDataset shards, "{000..127}" expands); "hfds:PATH" (a Hugging Face data
-            set on disk); "torch:NAME@ROOT" (torchvision). Where there is one split, a fixed
-            stratified fifth is held out.
+        data: "digits" (scikit-learn's bundled scans); "probe:NAME" (drawn tasks, see
+            `vitarium.train.probes`); "folder:PATH" with one folder of images per class, or `train/`
+            and `val/` that hold them; "tar:PATH" (such folders in tar files); "wds:PATH"
+            (WebDataset shards, "{000..127}" expands); "hfds:PATH" (a Hugging Face data set on
+            disk); "torch:NAME@ROOT" (torchvision). Where there is one split, a fixed stratified
+            fifth is held out.
         source: how images and labels are found there.
         task: what is trained: "classification", "distillation" from a teacher, or "droppos"
             (positions of patches, without labels, as pre-training).

@@ -385,6 +385,18 @@ def digit_image(scan: np.ndarray) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC).convert("RGB")
 
 
+def _probe(argument: str, _: SourceConfig) -> Splits:
+    """A drawn task that tells mixers apart."""
+    from vitarium.train.probes import HELD_OUT, TRAIN, drawn, probe
+
+    classes = list(probe(argument).classes)
+    counts = {"train": TRAIN, "val": HELD_OUT}
+    return {
+        name: lambda split=split, count=count: Labelled(*drawn(argument, count, split), classes)
+        for split, (name, count) in enumerate(counts.items())
+    }
+
+
 def _folder(argument: str, options: SourceConfig) -> Splits:
     from vitarium.train.folders import find_folders
 
@@ -417,6 +429,7 @@ def _torchvision(argument: str, options: SourceConfig) -> Splits:
 
 SCHEMES: dict[str, Callable[[str, SourceConfig], Splits]] = {
     "digits": _digits,
+    "probe": _probe,
     "folder": _folder,
     "tar": _tar,
     "wds": _shards,
@@ -425,6 +438,7 @@ SCHEMES: dict[str, Callable[[str, SourceConfig], Splits]] = {
 }
 SCHEME_FORMS = (
     "digits",
+    "probe:NAME",
     "folder:PATH",
     "tar:PATH",
     "wds:PATH",

@@ -31,6 +31,7 @@ def testbed(
     mlp_ratio: float = 3.5,
     img_size: int = 224,
     nano: bool = False,
+    init_std: float = 0.02,
     **kwargs: Any,
 ) -> Pyramid:
     """The macro design around mixers.
@@ -48,6 +49,8 @@ def testbed(
         mlp_ratio: hidden width of the feed-forward networks over the stage's channels.
         img_size: side of the images that tables of the mixers are made for; any size is taken.
         nano: take the settings for images of 32 pixels.
+        init_std: standard deviation of the initial weights of linear layers. The papers' 0.02
+            leaves layers of few channels so small that comparisons of tokens are learned late.
         kwargs: further arguments of `Pyramid`, which win over those set here.
 
     Raises:
@@ -83,7 +86,7 @@ def testbed(
     with torch.random.fork_rng(devices=[]):  # layers of mixers draw when they are made
         model = Pyramid(**{**arguments, **kwargs})
     with torch.no_grad():
-        _draw_outside_first(model)
+        _draw_outside_first(model, init_std / 0.02)
     return model
 
 
@@ -119,8 +122,11 @@ def _filled(spec: Any, place: Place, nano: bool) -> Any:
     return (name, {**arguments_for(name, place, nano), **given})
 
 
-def _draw_outside_first(model: nn.Module) -> None:
-    """Draw all parameters anew, those of mixers last: how many they are changes no other."""
+def _draw_outside_first(model: nn.Module, gain: float) -> None:
+    """Draw all parameters anew, those of mixers last: how many they are changes no other.
+
+    The weights of linear layers are drawn as ever, and multiplied by the gain.
+    """
     inside = {
         id(part)
         for mixer in model.modules()
@@ -131,6 +137,8 @@ def _draw_outside_first(model: nn.Module) -> None:
         for module in _leaves_first(model):
             if (id(module) in inside) == wanted:
                 init_module(module)
+                if gain != 1 and isinstance(module, nn.Linear):
+                    module.weight.mul_(gain)
 
 
 def _leaves_first(module: nn.Module) -> Iterator[nn.Module]:

@@ -96,7 +96,7 @@ def test_a_process_that_dies_fails_its_run_alone(monkeypatch):
 
     monkeypatch.setattr(testbed, "ProcessPoolExecutor", Dying)
     monkeypatch.setattr(testbed, "train_one", lambda run: run.mixer)
-    runs = [testbed._run(mixer, 0, RECIPE) for mixer in ("window", "grid", "halo")]
+    runs = [testbed.run_of(mixer, 0, RECIPE) for mixer in ("window", "grid", "halo")]
     first, died, last = testbed._train_all(runs, 1)
     assert (first, last) == ("window", "halo")
     assert (died.name, died.accuracy, died.failure) == ("grid", None, "the process died")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from vitarium.benchmarks.kernel_compiler import Row
@@ -99,33 +98,37 @@ class Bound:
     """The roofline of a kernel on a chip.
 
     Attributes:
-        intensity: operations of matrix products per byte.
+        intensity: operations of matrix products per byte; None if nothing is moved.
         tflops: 10^12 operations of matrix products per second at most; None without any.
         limited_by: "products", "exponentials" or "memory".
         cached_tflops, cached_limited_by: the same if every byte were found in a cache; None if
             there is nothing but bytes.
     """
 
-    intensity: float
+    intensity: float | None
     tflops: float | None
-    limited_by: str
+    limited_by: str | None
     cached_tflops: float | None
     cached_limited_by: str | None
+
+
+def per_pass(row: Row) -> tuple[int, dict[str, int], int]:
+    """Bytes, operations by type and exponentials of a step; of all of a kernel without loops."""
+    if row.operations_step or row.bytes_step:
+        return row.bytes_step, row.operations_step, row.exponentials_step
+    return row.bytes_outside, row.operations_outside, row.exponentials_outside
 
 
 def roofline(row: Row) -> Bound:
     """What the chip's peaks leave to a step of the kernel (to all of it, if it has no loop).
 
-    Each resource takes work / peak; the slowest one bounds the rate: matrix products, exponentials,
-    and memory, as if every byte that is loaded came from it. Tiles that neighbouring blocks have
-    left in a cache come faster: the bound without memory holds for those. Other arithmetic is not
-    counted.
+    Each resource takes work / peak, and the slowest one bounds the rate: matrix products,
+    exponentials, and memory as if every byte came from it. Tiles that other blocks have left in a
+    cache come faster: what holds for those in any case is the bound without memory. Other
+    arithmetic and addresses are not counted.
     """
     chip = CHIPS[row.capability]
-    looped = bool(row.operations_step or row.bytes_step)
-    operations = row.operations_step if looped else row.operations_outside
-    moved = row.bytes_step if looped else row.bytes_outside
-    exponentials = row.exponentials_step if looped else row.exponentials_outside
+    moved, operations, exponentials = per_pass(row)
     seconds = {
         "products": sum(count / chip.peaks[kind] for kind, count in operations.items()),
         "exponentials": exponentials / chip.exponentials,
@@ -133,13 +136,14 @@ def roofline(row: Row) -> Bound:
     }
     total = sum(operations.values())
 
-    def slowest(names: list[str]) -> tuple[str | None, float | None]:
-        limit = max(names, key=lambda name: seconds[name])
-        if not seconds[limit]:
+    def bound(*names: str) -> tuple[float | None, str | None]:
+        slowest = max(names, key=lambda name: seconds[name])
+        if not seconds[slowest]:
             return None, None
-        return limit, total / seconds[limit] / 1e12 if total else None
+        return (total / seconds[slowest] / 1e12 if total else None), slowest
 
-    limit, tflops = slowest(list(seconds))
-    cached_limit, cached = slowest(["products", "exponentials"])
-    intensity = total / moved if moved else math.inf
-    return Bound(intensity, tflops, limit or "nothing", cached, cached_limit)
+    return Bound(
+        total / moved if moved else None,
+        *bound("products", "exponentials", "memory"),
+        *bound("products", "exponentials"),
+    )

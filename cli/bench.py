@@ -1,7 +1,7 @@
 """`vitarium bench`: measure models or operators, and draw what was measured.
 
 The first word says what is done (`models`, `ops`, `mixers`, `official`,
-`swap`, `scaling`, `train`, `plot`); without it, words are models.
+`swap`, `scaling`, `train`, `kernels`, `gpu`, `plot`); without it, words are models.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from rich.console import Console
+
+from vitarium.cli.bench_kernels import gpu_parser, kernels_parser, run_gpu, run_kernels
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 RESULTS = Path("benchmarks/results")  # in a checkout: records that are kept
@@ -385,5 +387,7 @@ _WHAT = {
     "official": (_official_parser, _run_official, "backbones against official code"),
     "swap": (_swap_parser, _run_swap, "timm's models with our mixers against timm's"),
     "train": (_train_parser, _run_train, "a training step against a bare loop"),
+    "kernels": (kernels_parser, run_kernels, "what the compiler makes of the kernels, no GPU"),
+    "gpu": (gpu_parser, run_gpu, "everything on a GPU, within minutes"),
     "plot": (_plot_parser, _run_plot, "a picture of records"),
 }

@@ -34,6 +34,7 @@ class _Settings:
         dtypes: of operators; of models the first.
         operators, match: names, all if empty, and what the note of their cases contains.
         images: that an operator is called with; the usual number if None.
+        image_size: side of the images of models; each model's own if None.
         models: families whose smallest model is measured; all if None.
         mixers: whose growth with the size of the map is measured; all if None.
         batch_size: images of models, by mode.
@@ -48,6 +49,7 @@ class _Settings:
     operators: Sequence[str] = ()
     match: str = ""
     images: int | None = None
+    image_size: int | None = None
     models: int | None = None
     mixers: int | None = None
 
@@ -60,8 +62,9 @@ _SETTINGS = {
         (7, 14),
         seconds=0.0,
         operators=("linear_attention",),
-        match="7x7",
+        match="elu 14x14",
         images=1,
+        image_size=64,
         models=1,
         mixers=1,
     ),
@@ -100,9 +103,14 @@ def plan(device: str) -> list[Step]:
 
 def run_tests(place: Place, seconds: float) -> Outcome:
     """The tests that are marked `gpu`, in a checkout; elsewhere there are none."""
-    if not (_ROOT / "tests" / "conftest.py").exists():
-        return Outcome(["there are no tests outside of a checkout of the repository"])
-    command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", "-rf"]
+    files = [
+        str(path)
+        for path in sorted((_ROOT / "tests").rglob("test_*.py"))
+        if "mark.gpu" in path.read_text(encoding="utf-8")
+    ]
+    if not files:
+        return Outcome()
+    command = [sys.executable, "-m", "pytest", *files, "-m", "gpu", "-q", "-rfE"]
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
     print(done.stdout, done.stderr)
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
@@ -151,6 +159,7 @@ def run_models(place: Place, seconds: float, *, mode: str, compile: bool = False
             [name],
             modes=[mode],
             batch_size=batch_size,
+            image_size=settings.image_size,
             dtype=dtype,
             device=place.device,
             compile=compile,

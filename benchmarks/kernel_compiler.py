@@ -230,7 +230,9 @@ _LOOP = re.compile(r"\bscf\.(for|while)\b|} do {")
 _CONSTANT_LOOP = re.compile(r"scf\.for \S+ = %c(\d+)_i32\S* to %c(\d+)_i32\S* step %c(\d+)_i32")
 _POINTER = r"(?:tensor<((?:\d+x)+)!tt\.ptr<(\w+)>>|!tt\.ptr<(\w+)>)"
 _MOVE = re.compile(rf"\btt\.(?:load|store)\b.* : {_POINTER}")
-_PRODUCT = re.compile(r"\btt\.dot\b(.*) : tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d+)x\w+>")
+_PRODUCT = re.compile(
+    r"\btt\.dot\b(.*) : tensor<(\d+)x(\d+)x([a-z]\w*)> \* tensor<\d+x(\d+)x[a-z]\w*>"
+)
 _UNKNOWN = re.compile(r"\btt\.(load|store|dot|dot_scaled|atomic\w*|descriptor\w*|gather)\b")
 _EXPONENTIAL = re.compile(r"\bmath\.exp2? .* : (?:tensor<((?:\d+x)+)\w+>|\w+)")
 

@@ -3,8 +3,8 @@
 A tile is a patch of the map, so that the union of its queries' windows stays small. Its number of
 tokens is chosen by kernel, head_dim and element size; the shape of the tile that is walked over by
 counting, for the map at hand, how many of either shape must be visited. The sizes are
-read off ahead-of-time compilation (`sheet.py`): no register spills and shared memory within the
-limit on compute capability 8.0, 9.0 and 10.0.
+read off ahead-of-time compilation (`vitarium bench kernels`): no register spills and shared memory
+within the limit on compute capability 8.0, 9.0 and 10.0.
 """
 
 from __future__ import annotations

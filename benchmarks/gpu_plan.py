@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from vitarium.benchmarks import plot, record, table
 from vitarium.benchmarks.gpu_suite import Outcome, Place, Step
 from vitarium.benchmarks.models import bench_models
@@ -79,12 +81,12 @@ def plan(device: str) -> list[Step]:
     """
     first, second = _SETTINGS[device].dtypes
     return [
-        Step("tests that need a GPU", run_tests, 90, needs_cuda=True),
-        Step(f"operators, {first}", partial(run_operators, dtype=first), 90),
+        Step("tests that need a GPU", run_tests, 70, needs_cuda=True),
+        Step(f"operators, {first}", partial(run_operators, dtype=first), 85),
         Step(f"operators, {second}", partial(run_operators, dtype=second), 60),
-        Step("models, inference", partial(run_models, mode="forward"), 55),
-        Step("models, training", partial(run_models, mode="training"), 55),
-        Step("growth with the map", run_scaling, 40),
+        Step("models, inference", partial(run_models, mode="forward"), 45),
+        Step("models, training", partial(run_models, mode="training"), 45),
+        Step("growth with the map", run_scaling, 35),
         Step(
             "operators, CUDA graphs",
             partial(run_operators, dtype=first, cuda_graphs=True),
@@ -94,7 +96,7 @@ def plan(device: str) -> list[Step]:
         Step(
             "models, compiled",
             partial(run_models, mode="forward", compile=True),
-            40,
+            90,
             needs_cuda=True,
         ),
         Step("pictures", draw, 10, repeated=True),
@@ -111,12 +113,16 @@ def run_tests(place: Place, seconds: float) -> Outcome:
     if not files:
         return Outcome()
     command = [sys.executable, "-m", "pytest", *files, "-m", "gpu", "-q", "-rfE"]
-    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
-    print(done.stdout, done.stderr)
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    if done.returncode and not failed:
-        lines = (done.stdout + done.stderr).strip().splitlines() or [""]
-        failed = [f"pytest ended with {done.returncode}: {lines[-1]}"]
+    lines = []
+    with subprocess.Popen(
+        command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        for line in process.stdout or ():
+            lines.append(line.strip())
+            _say(lines[-1])
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    if process.returncode and not failed:
+        failed = [f"pytest ended with exit code {process.returncode}: {(lines or [''])[-1]}"]
     return Outcome(failed)
 
 
@@ -135,6 +141,7 @@ def run_operators(
         seconds=settings.seconds,
         cuda_graphs=cuda_graphs,
         output=place.folder / OPERATORS,
+        fresh=place.fresh,
         minutes=seconds / 60,
         progress=_say,
     )
@@ -149,13 +156,14 @@ def run_models(place: Place, seconds: float, *, mode: str, compile: bool = False
     batch_size = settings.batch_size[mode]
     done = {
         r.name
-        for r in _held(output, place)
+        for r in _recorded(output, place)
         if (r.mode, r.dtype, r.implementation) == (mode, dtype, kind)
         and r.shapes["input"][0] == batch_size
     }
 
-    def measure(name: str) -> None:
-        bench_models(
+    def measure(name: str) -> str | None:
+        torch.compiler.reset()  # families share code, which is compiled for a few modules only
+        (found,) = bench_models(
             [name],
             modes=[mode],
             batch_size=batch_size,
@@ -167,16 +175,17 @@ def run_models(place: Place, seconds: float, *, mode: str, compile: bool = False
             seconds=settings.seconds,
             output=output,
         )
+        return found.failure
 
     smallest = [names[0] for names in table.families().values()][: settings.models]
-    return _each([name for name in smallest if name not in done], measure, seconds)
+    return _each(_without(smallest, done, place), measure, seconds)
 
 
 def run_scaling(place: Place, seconds: float) -> Outcome:
     """Mixers that claim to be linear, on maps of several sizes."""
     settings = _SETTINGS[place.device]
     dtype, output = settings.dtypes[0], place.folder / SCALING
-    done = {r.name for r in _held(output, place) if (r.mode, r.dtype) == ("forward", dtype)}
+    done = {r.name for r in _recorded(output, place) if (r.mode, r.dtype) == ("forward", dtype)}
 
     def measure(name: str) -> None:
         bench_scaling(
@@ -189,13 +198,13 @@ def run_scaling(place: Place, seconds: float) -> Outcome:
         )
 
     linear = [name for name, mixer in MIXERS.items() if mixer.linear][: settings.mixers]
-    return _each([name for name in linear if name not in done], measure, seconds)
+    return _each(_without(linear, done, place), measure, seconds)
 
 
 def draw(place: Place, seconds: float) -> Outcome:
     """Operators over their floor, a picture each, and models by accuracy and latency."""
     operators = [
-        r for r in _held(place.folder / OPERATORS, place) if "cuda_graphs" not in r.arguments
+        r for r in _recorded(place.folder / OPERATORS, place) if "cuda_graphs" not in r.arguments
     ]
     names = dict.fromkeys(r.name for r in operators if r.implementation == "floor")
 
@@ -206,7 +215,7 @@ def draw(place: Place, seconds: float) -> Outcome:
     outcome = _each(list(names), picture, seconds)
     models = [
         r
-        for r in _held(place.folder / MODELS, place)
+        for r in _recorded(place.folder / MODELS, place)
         if (r.mode, r.implementation) == ("forward", "eager")
     ]
     accuracies = plot.published_accuracies(models)
@@ -215,27 +224,40 @@ def draw(place: Place, seconds: float) -> Outcome:
     return outcome
 
 
-def _each(names: Sequence[str], measure: Callable[[str], None], seconds: float) -> Outcome:
-    """Call `measure` for one after another; none is begun when the time is over."""
+def _without(names: Sequence[str], done: set[str], place: Place) -> list[str]:
+    return [name for name in names if place.fresh or name not in done]
+
+
+def _each(names: Sequence[str], measure: Callable[[str], str | None], seconds: float) -> Outcome:
+    """Call `measure` for one after another, which raises or returns what went wrong.
+
+    None is begun when the time is over.
+    """
     began, failures = time.monotonic(), []
     for number, name in enumerate(names):
         if time.monotonic() - began > seconds:
             return Outcome(failures, len(names) - number)
         _say(name)
         try:
-            measure(name)
+            failure = measure(name)
         except Exception as error:  # whatever one may do: the others are measured
-            failures.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}")
+            failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if failure is not None:
+            failures.append(f"{name}: {failure}")
             _say(failures[-1])
     return Outcome(failures)
 
 
-def _held(path: Path, place: Place) -> list[Record]:
-    """Records of this machine, these versions and this commit."""
+def _recorded(path: Path, place: Place) -> list[Record]:
+    """What was measured on this machine, with these versions, by this commit."""
     if not path.exists():
         return []
     now = (record.this_machine(place.device).processor, record.versions(), record.commit())
-    return [r for r in record.read(path) if (r.machine.processor, r.versions, r.commit) == now]
+    return [
+        r
+        for r in record.read(path)
+        if (r.machine.processor, r.versions, r.commit) == now and r.failure is None
+    ]
 
 
 def _say(line: str) -> None:

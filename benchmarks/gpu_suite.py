@@ -36,10 +36,11 @@ Status = Literal["done", "unfinished", "failed", "out of time", "skipped", "done
 
 @dataclass(frozen=True)
 class Place:
-    """Where steps measure, and the folder that they write to."""
+    """Where steps measure, the folder that they write to, and whether they measure all again."""
 
     device: str
     folder: Path
+    fresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,21 +92,19 @@ def run_suite(
     *,
     minutes: float,
     logs: Path,
-    fresh: bool = False,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Report]:
     """Run steps one after another, all together within `minutes`.
 
     A step may take its share of the time that is left, so time that one does not need goes to those
     after it; then it is ended. What was done before, by this commit with these versions, is passed
-    over.
+    over unless `place.fresh`.
 
     Args:
         steps: in this order.
         place: device and folder of the records.
         minutes: for all steps.
         logs: folder for what the steps print.
-        fresh: do again what was done before.
         progress: called with a line about each step before it begins.
 
     Raises:
@@ -127,7 +126,7 @@ def run_suite(
         seconds = left * step.seconds / sum(later.seconds for later in steps[number:])
         if step.needs_cuda and place.device != "cuda":
             report = Report(step.name, "skipped", "it needs a CUDA device")
-        elif not fresh and not step.repeated and before is not None and _done(before):
+        elif not (place.fresh or step.repeated) and before is not None and _done(before):
             report = dataclasses.replace(before, status="done before")
         elif seconds <= 0:
             report = Report(step.name, "out of time", "no time is left for it")

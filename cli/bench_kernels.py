@@ -42,7 +42,7 @@ def kernels_parser() -> ArgumentParser:
     return parser
 
 
-def run_kernels(config: Namespace) -> None:
+def run_kernels(config: Namespace) -> int:
     from vitarium.benchmarks import kernel_sheet
 
     console = Console()
@@ -52,12 +52,13 @@ def run_kernels(config: Namespace) -> None:
         progress=lambda line: console.print(line, style="dim", highlight=False),
     )
     console.print(kernel_sheet.table(rows))
-    for row in rows:
-        for fault in kernel_sheet.faults(row):
-            console.print(f"{row}: {fault}", style="red", markup=False, highlight=False)
+    faults = [f"{row}: {fault}" for row in rows for fault in kernel_sheet.faults(row)]
+    for line in faults:
+        console.print(line, style="red", markup=False, highlight=False)
     if remaining:
         console.print(f"{remaining} configurations remain; the same command goes on with them")
     print(f"sheet: {output}")
+    return 1 if faults else 0
 
 
 def gpu_parser() -> ArgumentParser:
@@ -100,10 +101,9 @@ def run_gpu(config: Namespace) -> int:
     folder = Path(config.output) if config.output else root / slug
     reports = gpu_suite.run_suite(
         gpu_plan.plan(config.device),
-        gpu_suite.Place(config.device, folder),
+        gpu_suite.Place(config.device, folder, config.fresh),
         minutes=config.minutes,
         logs=RUNS / slug / "logs" if config.output is None else folder / "logs",
-        fresh=config.fresh,
         progress=lambda line: console.print(line, style="dim", highlight=False),
     )
     for report in reports:

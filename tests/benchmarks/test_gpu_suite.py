@@ -54,9 +54,11 @@ def made_up(tmp_path, monkeypatch):
     return importlib.import_module("made_up_steps")
 
 
-def _run(steps: list[Step], folder: Path, minutes: float = 10, **options) -> dict[str, tuple]:
-    place = Place("cpu", folder)
-    reports = gpu_suite.run_suite(steps, place, minutes=minutes, logs=folder / "logs", **options)
+def _run(
+    steps: list[Step], folder: Path, minutes: float = 10, fresh: bool = False
+) -> dict[str, tuple[str, str]]:
+    place = Place("cpu", folder, fresh)
+    reports = gpu_suite.run_suite(steps, place, minutes=minutes, logs=folder / "logs")
     assert [report.step for report in reports] == [step.name for step in steps]
     return {report.step: (report.status, report.detail) for report in reports}
 

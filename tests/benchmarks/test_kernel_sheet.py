@@ -95,7 +95,7 @@ def test_what_is_not_understood_is_not_left_out() -> None:
         ({"registers": 32, "shared_memory": 0}, 64, "threads"),
         ({"registers": 16, "num_warps": 1, "shared_memory": 0}, 32, "blocks"),
         ({}, 16, "registers"),  # 65536 / (128 x 32)
-        ({"registers": 129}, 12, "registers"),  # 17 warps of 4352 registers; 4 schedulers hold 4
+        ({"registers": 129}, 12, "registers"),  # each of 4 schedulers: 16384 / 4352 is 3
         ({"registers": 32, "shared_memory": 113 << 10}, 8, "shared memory"),  # 228 / (113 + 1)
         ({"registers": 32, "shared_memory": (113 << 10) + 1}, 4, "shared memory"),
         ({"target": "cuda:80", "registers": 32, "shared_memory": 81 << 10}, 8, "shared memory"),

@@ -119,11 +119,11 @@ def _triton_version() -> str:
 
 
 def write(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
-    """Write a sheet in the order of its rows' keys, a line each; never half of it."""
+    """Write a sheet, a line per row, launches of a call in their order; never half of it."""
     columns = [field.name for field in dataclasses.fields(Row)]
     lines = [
         json.dumps([getattr(row, column) for column in columns])
-        for row in sorted(rows, key=lambda row: row.key)
+        for row in sorted(rows, key=_place)
     ]
     head = f'{{"schema": {SCHEMA},\n"columns": {json.dumps(columns)},\n"rows": [\n'
     path = Path(path)
@@ -131,6 +131,10 @@ def write(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(head + ",\n".join(lines) + "\n]}\n", encoding="utf-8")
     partial.replace(path)
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    return row.operator, row.case, row.dtype, row.capability, row.launch
 
 
 def rows(path: str | os.PathLike[str]) -> list[Row]:
@@ -205,7 +209,7 @@ def _times(value: Any) -> str:
 
 def table(rows: Sequence[Row]) -> Table:
     """Rows in the terminal, under the calls that they belong to."""
-    chips = dict.fromkeys(f"{row.target}: {CHIPS[row.capability].gpu}" for row in rows)
+    chips = dict.fromkeys(f"{row.target} is {CHIPS[row.capability].gpu}" for row in rows)
     versions = ", ".join(dict.fromkeys(row.triton for row in rows))
     found = Table(
         title="Kernels: what the compiler made of them, and what GPUs would allow",

@@ -158,7 +158,23 @@ def _forward_on_meta(model: nn.Module, x: Tensor) -> None:
         model.train(training)
 
 
-# --- fvcore --------------------------------------------------------------------------------------
+# --- torch and fvcore ----------------------------------------------------------------------------
+
+
+def count_with_torch(model: nn.Module, image_size: int | None = None, batch: int = 1) -> int:
+    """Multiply-adds by torch's own `FlopCounterMode`, as anyone would use it.
+
+    It knows our operators by what they register with torch. On `meta`, whose operators are opaque:
+    run on the CPU it would count what their portable paths compute instead.
+
+    Args:
+        model: a model on `meta`, in eval mode.
+        image_size, batch: as in `count`.
+    """
+    x = torch.empty(input_shape(model, image_size, batch), device="meta", dtype=_dtype(model))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops() // 2
 
 
 def count_with_fvcore(model: nn.Module, image_size: int | None = None, batch: int = 1) -> Counts:
@@ -172,7 +188,9 @@ def count_with_fvcore(model: nn.Module, image_size: int | None = None, batch: in
         model: a model on the CPU, in eval mode.
         image_size, batch: as in `count`.
     """
-    from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about what fvcore imports
+        from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
 
     x = torch.zeros(input_shape(model, image_size, batch), dtype=_dtype(model))
     flops, activations = FlopCountAnalysis(model, x), ActivationCountAnalysis(model, x)

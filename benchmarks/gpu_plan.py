@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 
-from vitarium.benchmarks import plot, record, table
+from vitarium.benchmarks import plot, record
 from vitarium.benchmarks.gpu_suite import Outcome, Place, Step
 from vitarium.benchmarks.models import bench_models
 from vitarium.benchmarks.operators import bench_operators
 from vitarium.benchmarks.record import Record
 from vitarium.benchmarks.scaling import SIDES, bench_scaling
+from vitarium.benchmarks.selection import smallest_models
 from vitarium.ops import MIXERS
 
 MINUTES = 8.0
@@ -177,7 +178,7 @@ def run_models(place: Place, seconds: float, *, mode: str, compile: bool = False
         )
         return found.failure
 
-    smallest = [names[0] for names in table.families().values()][: settings.models]
+    smallest = smallest_models()[: settings.models]
     return _each(_without(smallest, done, place), measure, seconds)
 
 

@@ -122,8 +122,7 @@ def write(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
     """Write a sheet, a line per row, launches of a call in their order; never half of it."""
     columns = [field.name for field in dataclasses.fields(Row)]
     lines = [
-        json.dumps([getattr(row, column) for column in columns])
-        for row in sorted(rows, key=_place)
+        json.dumps([getattr(row, column) for column in columns]) for row in sorted(rows, key=_place)
     ]
     head = f'{{"schema": {SCHEMA},\n"columns": {json.dumps(columns)},\n"rows": [\n'
     path = Path(path)

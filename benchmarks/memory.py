@@ -46,6 +46,24 @@ def peak_growth(run: Callable[[], object], device: torch.device | str = "cpu") -
     return peak
 
 
+def resident(reset_peak: bool = False) -> tuple[int, int] | None:
+    """Bytes of this process that are in memory now, and their peak; None but on Linux.
+
+    Args:
+        reset_peak: let the peak begin anew with this moment.
+    """
+    try:
+        if reset_peak:
+            Path("/proc/self/clear_refs").write_text("5")
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    found = dict(line.split(":", 1) for line in lines if line.startswith(("VmRSS:", "VmHWM:")))
+    if len(found) < 2:
+        return None
+    return int(found["VmRSS"].split()[0]) << 10, int(found["VmHWM"].split()[0]) << 10
+
+
 def state_size(model: nn.Module) -> int:
     """Bytes of a model's parameters and buffers."""
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))

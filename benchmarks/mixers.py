@@ -178,12 +178,14 @@ def _measured(
         flush_cache=True,
         cuda_graphs=False,
     )
+    series = record.new_series()
     return [
         record.measured(
             samples=samples[name],
             clock="cuda" if device.type == "cuda" else "cpu",
             machine=record.this_machine(device),
             images=batch_size,
+            series=series,
             kind="mixer",
             name=contest.mixer,
             implementation=name,

@@ -146,12 +146,14 @@ def measured(
         seconds=seconds,
         flush_cache=True,
     )
+    series = record.new_series()
     return [
         record.measured(
             samples=samples[key],
             clock="cuda" if images.device.type == "cuda" else "cpu",
             machine=record.this_machine(images.device),
             images=len(images),
+            series=series,
             kind="model",
             name=name,
             implementation=key,

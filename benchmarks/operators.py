@@ -206,12 +206,14 @@ def _records(
     device: torch.device,
 ) -> list[Record]:
     images = next(iter(setting.case.shapes.values()))[0]
+    series = record.new_series()
     return [
         record.measured(
             samples=samples[name],
             clock="cuda" if device.type == "cuda" else "cpu",
             machine=machine,
             images=images,
+            series=series,
             implementation=name,
             peak_memory=memory.peak_growth(candidate.run, device),
             macs=_macs(setting) // images,

@@ -155,7 +155,11 @@ def plot_models(
     Raises:
         ValueError: no model has both a record and an accuracy.
     """
-    points = {r.name: r for r in records if r.kind == "model" and r.name in accuracies}
+    points = {
+        r.name: r
+        for r in records
+        if r.kind == "model" and r.mode == "forward" and r.median and r.name in accuracies
+    }
     if not points:
         raise ValueError("no record of a model whose accuracy is known")
     figure = Figure(figsize=(9.4, 5.4), facecolor="white")

@@ -15,6 +15,7 @@ import re
 import statistics
 import types
 import typing
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 
 from vitarium.train.environment import commit, processor, versions
 
-SCHEMA = 3
+SCHEMA = 4
 CLOCKS = {
     "wall": "wall time",
     "cpu": "process CPU time",
@@ -61,20 +62,21 @@ class Record:
     """One measurement.
 
     Attributes:
-        kind: "operator", "mixer", "model", or "run" of a training.
+        kind: "operator", "mixer", "model", "run" of a training, or "loader" of images.
         name: the operator's, the mixer's or the model's name; of testbeds, the mixer's.
         implementation: backend, peer or "floor" of an operator; "vitarium" or a peer of a mixer;
             "eager" or "compiled" model, or "vitarium" and "official" where both were compared;
             "trained" of a run, whose one sample is the whole of it.
-        mode: "forward", "backward" or "training" (forward and backward).
+        mode: "forward", "backward", "training" (forward and backward), "step" (of an optimizer
+            too), or "loading".
         dtype: data type of the tensors, such as "bfloat16".
         shapes: shape of every input tensor.
         arguments: everything else that the call was given.
         case: an operator's setting in words; it also tells settings apart that differ in what is
             in their tensors. None in records older than the field.
         clock: which clock `median`, `p10` and `p90` are of; a key of `CLOCKS`.
-        samples: seconds per call by clock, every sample, in the order taken.
-        median, p10, p90: of `samples[clock]`.
+        samples: seconds per call by clock, every sample, in the order taken; none if it failed.
+        median, p10, p90: of `samples[clock]`; None if it failed.
         throughput: images per second at the median.
         peak_memory: bytes; what is counted is said by `vitarium.benchmarks.memory`.
         params: number of parameters.
@@ -83,9 +85,21 @@ class Record:
         error: error of the checked result, see `error_of`.
         error_of: what was compared with what before the clock was started.
         parts: share of the forward time by kind of module, see `vitarium.benchmarks.breakdown`.
+        stages: the same shares, each divided among the stages of the model.
+        series: the same text in records whose samples were taken in turns: the n-th samples of all
+            belong to the n-th round. None in records older than the field.
+        pace: seconds by clock and round of a matrix product that took turns with the rest; tells
+            how fast the machine was.
+        resident_memory: bytes that the process's resident memory grew by at most, from before a
+            model was built until after its first calls; None where the system doesn't tell.
+        intensity: floating-point operations (two per multiply-add) per byte moved, see
+            `vitarium.benchmarks.roofline`.
+        peak_flops: operations per second of a matrix product, measured in the same run.
+        peak_bandwidth: bytes per second, read and written, of a copy, measured in the same run.
+        roofline: operations per second, as a share of what these two allow at this intensity.
         seed: of a run.
         accuracy: top-1 on held-out images after a run, 0 to 1; None if it failed...
-        failure: ... and why.
+        failure: ... and why; also why a model has no samples.
         machine: where.
         versions: of Python and of every library that matters.
         commit: of this repository, with "+dirty" if tracked files were changed; None outside one.
@@ -94,18 +108,18 @@ class Record:
             and none changes its meaning, so that old records stay readable.
     """
 
-    kind: Literal["operator", "mixer", "model", "run"]
+    kind: Literal["operator", "mixer", "model", "run", "loader"]
     name: str
     implementation: str
-    mode: Literal["forward", "backward", "training"]
+    mode: Literal["forward", "backward", "training", "step", "loading"]
     dtype: str
     shapes: dict[str, list[int]]
     arguments: dict[str, Any]
     clock: Literal["wall", "cpu", "cuda"]
     samples: dict[str, list[float]]
-    median: float
-    p10: float
-    p90: float
+    median: float | None
+    p10: float | None
+    p90: float | None
     machine: Machine
     versions: dict[str, str]
     date: str
@@ -122,6 +136,14 @@ class Record:
     seed: int | None = None
     accuracy: float | None = None
     failure: str | None = None
+    stages: dict[str, dict[str, float]] = field(default_factory=dict)
+    series: str | None = None
+    pace: dict[str, list[float]] = field(default_factory=dict)
+    resident_memory: int | None = None
+    intensity: float | None = None
+    peak_flops: float | None = None
+    peak_bandwidth: float | None = None
+    roofline: float | None = None
     schema: int = SCHEMA
 
     @property
@@ -165,11 +187,42 @@ def measured(
         p90=percentile(samples[clock], 90),
         throughput=None if images is None else images / median,
         machine=machine,
-        versions=versions(),
-        commit=commit(),
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **_made(),
         **fields,
     )
+
+
+def failed(*, failure: str, clock: str, machine: Machine, **fields: Any) -> Record:
+    """A record of what could not be measured, and why; without samples.
+
+    Args:
+        failure: why, on one line.
+        clock: the clock that would have been reported.
+        machine: where; see `this_machine`.
+        fields: the other fields of `Record`.
+    """
+    return Record(
+        samples={},
+        clock=typing.cast(Any, clock),
+        median=None,
+        p10=None,
+        p90=None,
+        failure=failure,
+        machine=machine,
+        **_made(),
+        **fields,
+    )
+
+
+def new_series() -> str:
+    """A text of its own for the field `series`."""
+    return uuid.uuid4().hex[:12]
+
+
+def _made() -> dict[str, Any]:
+    """With what, and when."""
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"versions": versions(), "commit": commit(), "date": date}
 
 
 def percentile(samples: Sequence[float], percent: float) -> float:

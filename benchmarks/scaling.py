@@ -10,8 +10,11 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy.stats import linregress, t
 
 from vitarium.benchmarks import memory, record, timer
 from vitarium.benchmarks.arguments import DTYPES, device_named, known
@@ -94,9 +97,11 @@ def _measured(
     samples = timer.interleave(
         calls, device=device, min_rounds=5, seconds=seconds, flush_cache=True, cuda_graphs=False
     )
+    series = record.new_series()
     return [
         record.measured(
             samples=samples[case],
+            series=series,
             clock="cuda" if device.type == "cuda" else "cpu",
             machine=record.this_machine(device),
             images=batch_size,
@@ -115,19 +120,37 @@ def _measured(
     ]
 
 
-def exponents(records: Iterable[Record]) -> dict[tuple[str, str, str], float]:
-    """By mixer, data type and mode: p such that time grows with tokens to the power of p.
+class Power(NamedTuple):
+    """A power law's exponent, and half of its 95 % interval; no interval of two points."""
 
-    The slope of the least-squares line through the logarithms of tokens and median times.
+    exponent: float
+    error: float | None
+
+    def __str__(self) -> str:
+        return f"{self.exponent:.2f}" + ("" if self.error is None else f" ±{self.error:.2f}")
+
+
+def power(points: Sequence[tuple[float, float]]) -> Power:
+    """By which power of x y grows: the slope of the least-squares line through the logarithms.
+
+    The interval is of that line, as if its residuals were independent: what it tells is how far
+    the growth is from a power law, more than how exact the times are.
+
+    Args:
+        points: (x, y) of two different x at least, all above 0.
     """
+    x, y = np.log(np.asarray(points, dtype=np.float64).T)
+    line = linregress(x, y)
+    if len(points) < 3:
+        return Power(float(line.slope), None)
+    return Power(float(line.slope), float(line.stderr * t.ppf(0.975, len(points) - 2)))
+
+
+def exponents(records: Iterable[Record]) -> dict[tuple[str, str, str], Power]:
+    """By mixer, data type and mode: by which power of the number of tokens the time grows."""
     points = defaultdict(list)
     for r in records:
-        tokens = math.prod(r.shapes["x"][:-1])
-        points[r.name, r.dtype, r.mode].append((math.log(tokens), math.log(r.median)))
-    return {setting: _slope(found) for setting, found in points.items()}
-
-
-def _slope(points: Sequence[tuple[float, float]]) -> float:
-    x, y = torch.tensor(points, dtype=torch.float64).T
-    x = x - x.mean()
-    return float((x @ y) / (x @ x))
+        if r.median is not None:
+            tokens = math.prod(r.shapes["x"][:-1])
+            points[r.name, r.dtype, r.mode].append((tokens, r.median))
+    return {setting: power(found) for setting, found in points.items()}

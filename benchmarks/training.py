@@ -97,6 +97,7 @@ def bench_training(
                 seconds=seconds,
             )
             found = {key: (value, None) for key, value in samples.items()}
+        series = None if memory_only else record.new_series()
         records = [
             record.measured(
                 samples=samples,
@@ -110,6 +111,7 @@ def bench_training(
                 shapes={"input": list(images.shape)},
                 arguments={"loop": True},
                 images=batch_size,
+                series=series,
                 peak_memory=peak,
                 params=run.parameters,
             )

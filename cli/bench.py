@@ -1,7 +1,8 @@
 """`vitarium bench`: measure models or operators, and draw what was measured.
 
 The first word says what is done (`models`, `ops`, `mixers`, `official`,
-`swap`, `scaling`, `train`, `kernels`, `gpu`, `plot`); without it, words are models.
+`swap`, `scaling`, `train`, `kernels`, `gpu`, `plot`, and those of `bench_measures`); without it, words
+are models.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from rich.console import Console
 
+from vitarium.cli import bench_measures
 from vitarium.cli.bench_kernels import gpu_parser, kernels_parser, run_gpu, run_kernels
+from vitarium.cli.bench_measures import add_selection, with_selected
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 RESULTS = Path("benchmarks/results")  # in a checkout: records that are kept
@@ -62,8 +65,15 @@ def _models_parser() -> ArgumentParser:
         description="Parameters, GFLOPs, activations, latency, throughput and peak memory of any "
         "models that timm knows, ours or not, side by side and measured in turns."
     )
-    parser.add_argument("names", metavar="MODEL", type=str, nargs="+", help="registered names")
-    parser.add_argument("--batch-size", type=PositiveInt, default=1, help="images per forward")
+    add_selection(parser)
+    parser.add_argument(
+        "--modes",
+        type=Literal["forward", "training", "step"],
+        nargs="+",
+        default=["forward"],
+        help="training is forward and backward, step an AdamW step too",
+    )
+    parser.add_argument("--batch-size", type=PositiveInt, default=1, help="images per call")
     parser.add_argument(
         "--image-size", type=PositiveInt, default=None, help="side of the images, pixels"
     )
@@ -74,16 +84,25 @@ def _models_parser() -> ArgumentParser:
     parser.add_argument("--profile", action="store_true", help="share of time by part of the model")
     parser.add_argument("--seconds", type=NonNegativeFloat, default=5.0, help="per model")
     parser.add_argument(
+        "--limit", type=PositiveFloat, default=60.0, help="seconds that a call may take"
+    )
+    parser.add_argument(
         "--output", type=str, default=str(RUNS / "models.jsonl"), help="records are appended here"
     )
     return parser
 
 
-def _run_models(config: Namespace) -> None:
+def _run_models(config: Namespace) -> int:
     from vitarium.benchmarks import bench_models, print_table
 
-    print_table(bench_models(**vars(config)))
+    console = Console()
+    arguments = with_selected(config)
+    records = bench_models(
+        **arguments, progress=lambda line: console.print(line, style="dim", highlight=False)
+    )
+    print_table(records, console)
     _say_where(config.output)
+    return 1 if any(r.failure is not None for r in records) else 0
 
 
 # --- operators -----------------------------------------------------------------------------------
@@ -194,34 +213,66 @@ def _run_compared(bench: Any, config: Namespace, file: str) -> int:
 
 def _scaling_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        description="The same mixers on maps of 196 to 65,536 tokens: by which power of their "
-        "number does time grow?"
+        description="The same mixers on maps of 196 to 65,536 tokens, or the same models on images "
+        "of several sizes and on batches: by which power of their number does time grow?"
     )
     parser.add_argument(
-        "names", metavar="MIXER", type=str, nargs="*", help="all that claim to be linear, if none"
+        "names",
+        metavar="NAME",
+        type=str,
+        nargs="*",
+        help="mixers and registered models; the mixers that claim to be linear, if none",
     )
     _add_place(parser, threads=1)
-    parser.add_argument("--batch-size", type=PositiveInt, default=1, help="images")
+    parser.add_argument("--batch-size", type=PositiveInt, default=1, help="images, of mixers")
     parser.add_argument("--dtypes", type=Dtype, nargs="+", default=["float32"], help="data types")
     _add_modes(parser, ["forward"])
-    parser.add_argument("--seconds", type=NonNegativeFloat, default=5.0, help="per mixer")
+    parser.add_argument(
+        "--resolutions",
+        type=PositiveInt,
+        nargs="*",
+        default=[128, 256, 512, 1024, 2048],
+        help="sides of the images of models, one image per call",
+    )
+    parser.add_argument(
+        "--batch-sizes",
+        type=PositiveInt,
+        nargs="*",
+        default=[1, 4, 16, 64, 256],
+        help="images of a model's own size per call",
+    )
+    parser.add_argument(
+        "--limit", type=PositiveFloat, default=60.0, help="seconds that a model's call may take"
+    )
+    parser.add_argument(
+        "--seconds", type=NonNegativeFloat, default=5.0, help="per mixer, or model and size"
+    )
     parser.add_argument(
         "--output", type=str | None, default=None, help=_OUTPUT.format(name="scaling.jsonl")
     )
     return parser
 
 
-def _run_scaling(config: Namespace) -> None:
-    from vitarium.benchmarks.report import scaling_table
+def _run_scaling(config: Namespace) -> int:
+    from vitarium.benchmarks.model_scaling import bench_model_scaling
+    from vitarium.benchmarks.report import print_growth, scaling_table
     from vitarium.benchmarks.scaling import bench_scaling
+    from vitarium.ops import MIXERS
 
     console = Console()
-    arguments = {**vars(config), "output": _output(config, "scaling.jsonl")}
-    records = bench_scaling(
-        **arguments, progress=lambda line: console.print(line, style="dim", highlight=False)
-    )
-    console.print(scaling_table(records))
-    _say_where(arguments["output"])
+    shared = {**vars(config), "output": _output(config, "scaling.jsonl")}
+    shared["progress"] = lambda line: console.print(line, style="dim", highlight=False)
+    names = shared.pop("names")
+    of_mixers = {"batch_size": shared.pop("batch_size")}
+    of_models = {name: shared.pop(name) for name in ("resolutions", "batch_sizes", "limit")}
+    mixers = [name for name in names if name in MIXERS]
+    models = [name for name in names if name not in MIXERS]
+    if mixers or not models:
+        console.print(scaling_table(bench_scaling(mixers, **of_mixers, **shared)))
+    records = bench_model_scaling(models, **of_models, **shared) if models else []
+    print_growth(records, console)
+    _say_where(shared["output"])
+    return 0
 
 
 # --- official code --------------------------------------------------------------------------------
@@ -324,12 +375,15 @@ def _plot_parser() -> ArgumentParser:
     parser.add_argument("--name", type=str | None, default=None, help="only this operator")
     parser.add_argument("--dtype", type=Dtype | None, default=None, help="only this data type")
     parser.add_argument("--mode", type=str | None, default=None, help="only this mode")
+    parser.add_argument(
+        "--profile", action="store_true", help="models' time by stage and part, as stacked bars"
+    )
     parser.add_argument("--output", "-o", type=str, required=True, help="such as operators.png")
     return parser
 
 
 def _run_plot(config: Namespace) -> None:
-    from vitarium.benchmarks import plot, record
+    from vitarium.benchmarks import plot, plot_profile, record
 
     records = [r for path in config.records for r in record.read(path)]
     records = [
@@ -339,7 +393,9 @@ def _run_plot(config: Namespace) -> None:
             getattr(config, what) in (None, getattr(r, what)) for what in ("name", "dtype", "mode")
         )
     ]
-    if any(r.kind == "operator" for r in records):
+    if config.profile:
+        plot_profile.plot_profile(records, config.output)
+    elif any(r.kind == "operator" for r in records):
         plot.plot_operators(records, config.output)
     else:
         plot.plot_models(records, plot.published_accuracies(records), config.output)
@@ -383,11 +439,12 @@ _WHAT = {
     "models": (_models_parser, _run_models, "models side by side"),
     "ops": (_operators_parser, _run_operators, "operators against floor and peers"),
     "mixers": (_mixers_parser, _run_mixers, "mixers against timm's modules"),
-    "scaling": (_scaling_parser, _run_scaling, "mixers on maps of 196 to 65,536 tokens"),
+    "scaling": (_scaling_parser, _run_scaling, "growth of mixers and models with their input"),
     "official": (_official_parser, _run_official, "backbones against official code"),
     "swap": (_swap_parser, _run_swap, "timm's models with our mixers against timm's"),
     "train": (_train_parser, _run_train, "a training step against a bare loop"),
     "kernels": (kernels_parser, run_kernels, "what the compiler makes of the kernels, no GPU"),
     "gpu": (gpu_parser, run_gpu, "everything on a GPU, within minutes"),
+    **bench_measures.WHAT,
     "plot": (_plot_parser, _run_plot, "a picture of records"),
 }

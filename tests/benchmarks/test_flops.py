@@ -1,11 +1,16 @@
 """Counts: by formula, by torch on meta and by fvcore they are one number."""
 
+import dataclasses
+import os
+
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
-import vitarium.zoo  # noqa: F401
-from vitarium.benchmarks import flops, table
+from vitarium import zoo
+from vitarium.benchmarks import counters, flops, table
+from vitarium.benchmarks.counters import Counted
 from vitarium.benchmarks.flops import Counts
 from vitarium.ops import MIXERS, OPERATORS, build_mixer, dispatch
 
@@ -20,12 +25,20 @@ def test_a_convolution_and_a_linear_layer_by_hand():
     assert flops.count_with_fvcore(model, 32, batch=2) == flops.count(model, 32, batch=2)
 
 
-# The smallest model of every family of ours. timm's: a convolutional net; SDPA with a class token;
-# windows with bias; channel attention; depthwise convolutions; attention between convolutions.
+# The smallest model of every family of ours, or with VITARIUM_ALL_MODELS=1 all of them. timm's: a
+# convolutional net; SDPA with a class token; windows with bias; channel attention; depthwise
+# convolutions; attention between convolutions.
+OURS = (
+    zoo.list_models()
+    if os.environ.get("VITARIUM_ALL_MODELS") == "1"
+    else [names[0] for names in table.families().values()]
+)
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        *(names[0] for names in table.families().values()),
+        *OURS,
         "resnet18",
         "vit_tiny_patch16_224",
         "swin_tiny_patch4_window7_224",
@@ -34,11 +47,32 @@ def test_a_convolution_and_a_linear_layer_by_hand():
         "efficientvit_m0",
     ],
 )
-def test_torch_and_fvcore_agree(name):
-    expected = flops.count(name, 128)
-    model = flops.build(name, 128)
-    assert flops.count(model, 128) == expected
-    assert flops.count_with_fvcore(model, 128) == expected
+def test_our_counter_torchs_and_fvcores_agree(name):
+    counted = counters.count_by_all(name, 128)
+    assert counted.equal, counted
+    expected = Counts(counted.params, counted.macs["ours"], counted.activations["ours"])
+    assert flops.count(flops.build(name, 128), 128) == expected  # on the CPU as on meta
+
+
+def test_counters_side_by_side(capsys):
+    counted = counters.bench_flops(["resnet18", "dinat_nano"], image_size=32)
+    assert [row.name for row in counted] == ["resnet18", "dinat_nano"]
+    assert all(row.equal for row in counted)
+    differs = dataclasses.replace(counted[0], macs={**counted[0].macs, "torch": 1})
+    failed = Counted("broken", failure="ValueError: no")
+    assert not differs.equal and not failed.equal
+    Console(width=100).print(counters.counters_table([*counted, differs, failed]))
+    text = capsys.readouterr().out
+    assert "equal" in text and "differ" in text and "failed: ValueError: no" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"names": ["resnet_18"]}, "did you mean"), ({"names": [], "image_size": 0}, "at least 1")],
+)
+def test_bad_arguments_of_counters(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        counters.bench_flops(**arguments)
 
 
 def test_a_vision_transformer_by_formula():

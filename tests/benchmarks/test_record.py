@@ -74,7 +74,28 @@ def test_fields_of_the_schema_are_these():
     """Fields may be added with a default and a new number of the schema; none may go."""
     fields = {item.name for item in dataclasses.fields(Record)}
     added = {"case", "seed", "accuracy", "failure"}
-    assert (fields, record.SCHEMA) == ({*json.loads(FIRST_SCHEMA), *added}, 3)
+    added |= {"stages", "series", "pace", "resident_memory"}  # 4
+    added |= {"intensity", "peak_flops", "peak_bandwidth", "roofline"}
+    assert (fields, record.SCHEMA) == ({*json.loads(FIRST_SCHEMA), *added}, 4)
+
+
+def test_what_failed_has_no_samples_and_says_why(tmp_path):
+    path = tmp_path / "records.jsonl"
+    made = record.failed(
+        failure="out of memory",
+        clock="wall",
+        machine=MACHINE,
+        kind="model",
+        name="large",
+        implementation="eager",
+        mode="step",
+        dtype="float32",
+        shapes={},
+        arguments={},
+    )
+    record.append(path, [made])
+    assert record.read(path) == [made]
+    assert (made.samples, made.median, made.failure) == ({}, None, "out of memory")
 
 
 @pytest.mark.parametrize(

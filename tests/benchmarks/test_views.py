@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vitarium import zoo
-from vitarium.benchmarks import plot, record, table
+from vitarium.benchmarks import plot, plot_profile, record, table
 from vitarium.benchmarks.record import Machine, Record
 from vitarium.ops import MIXERS, OPERATORS
 
@@ -119,6 +119,28 @@ def test_models_by_published_accuracy_and_latency(tmp_path, drawn):
     assert "nat_mini" in _texts(drawn[0]) and "latency" in _texts(drawn[0])
     with pytest.raises(ValueError, match="no record of a model whose accuracy is known"):
         plot.plot_models(records, {}, tmp_path / "models.png")
+
+
+def test_bars_of_a_profile_are_milliseconds_by_stage(tmp_path, drawn):
+    stages = {"stem": {"convolution": 0.25}, "stages.0": {"norm": 0.25, "mixer operator": 0.5}}
+    records = [_model("nat_mini", 0.08), dataclasses.replace(_model("vit", 0.1), stages=stages)]
+    path = tmp_path / "profile.png"
+    plot_profile.plot_profile(records, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    (ax,) = drawn[0].axes
+    bars = {
+        (container.get_label(), stage): bar.get_width()
+        for container in ax.containers
+        for stage, bar in zip(stages, container)
+        if bar.get_width()
+    }
+    assert bars == {
+        ("convolution", "stem"): pytest.approx(25.0),
+        ("norm", "stages.0"): pytest.approx(25.0),
+        ("mixer operator", "stages.0"): pytest.approx(50.0),
+    }
+    with pytest.raises(ValueError, match="no record of a model with its stages"):
+        plot_profile.plot_profile(records[:1], path)
 
 
 def test_the_table_has_every_model_and_mixer():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vitarium.benchmarks import record
+from vitarium.benchmarks import record, selection
 from vitarium.cli.main import main
 
 NAME = "neighborhood_attention"
@@ -20,6 +20,38 @@ def test_words_are_models_unless_the_first_says_otherwise(tmp_path, capsys):
     assert third.arguments == {"channels_last": True}
     text = capsys.readouterr().out
     assert "resnet18" in text and str(output) in text.replace("\n", "")
+
+
+def test_a_family_in_training_and_a_picture_of_its_profile(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(selection, "families", lambda: {"dinat": ["dinat_nano"]})
+    output, picture = tmp_path / "models.jsonl", tmp_path / "profile.svg"
+    options = ["--device", "cpu", "--threads", "1", "--seconds", "0", "--output", str(output)]
+    words = ["bench", "models", "--family", "dinat", "--modes", "forward", "training", "--profile"]
+    assert main([*words, *options]) == 0
+    forward, training = record.read(output)
+    assert (forward.mode, training.mode) == ("forward", "training")
+    assert forward.stages and not training.stages
+    assert main(["bench", "plot", str(output), "--profile", "-o", str(picture)]) == 0
+    assert picture.stat().st_size > 1000
+    assert main(["bench", "models", "--all-smallest", *options]) == 0
+    assert [r.name for r in record.read(output)] == ["dinat_nano"] * 3
+    assert main(["bench", "compare", str(output), str(output)]) == 0
+    text = capsys.readouterr().out
+    assert "Forward and backward" in text and "stages.0" in text and "no difference shown" in text
+
+
+def test_a_model_that_fails_is_a_row_and_exit_status_1(tmp_path, capsys):
+    output = tmp_path / "models.jsonl"
+    options = ["--device", "cpu", "--threads", "1", "--seconds", "0", "--output", str(output)]
+    words = ["bench", "dinat_nano", "vit_tiny_patch16_224", "--image-size", "9"]
+    assert main([*words, *options]) == 1
+    assert "vit_tiny_patch16_224 failed: " in " ".join(capsys.readouterr().out.split())
+    assert [r.failure is None for r in record.read(output)] == [True, False]
+
+
+def test_counters(capsys):
+    assert main(["bench", "flops", "dinat_nano", "--image-size", "32"]) == 0
+    assert "equal" in capsys.readouterr().out
 
 
 def test_operators_and_their_picture(tmp_path, capsys):
@@ -88,6 +120,13 @@ def test_operators_write_where_results_are_kept(tmp_path, monkeypatch):
         (["resnet18", "--dtype", "float8"], 2, "dtype"),
         (["resnet18", "--bach-size", "2"], 2, "bach-size"),
         (["models"], 2, "required"),
+        (["models", "--family", "natt"], 1, "family='natt' is unknown; did you mean nat"),
+        (["models", "resnet18", "--modes", "backward"], 2, "modes"),
+        (["flops", "nat_mimi"], 1, "did you mean nat_mini"),
+        (["compare", "no/such.jsonl", "no/other.jsonl"], 1, "no/such.jsonl"),
+        (["compare", "resnet18", "resnet18"], 1, "two models are compared"),
+        (["loader", "--workers", "-1"], 2, "workers"),
+        (["scaling", "nat_mimi"], 1, "did you mean nat_mini"),
         ([], 2, "what"),
         (["ops", "attentoin"], 1, "operator='attentoin' is unknown"),
         (["ops", "--modes", "both"], 2, "modes"),
@@ -110,6 +149,9 @@ def test_help_of_every_word(capsys):
         ["mixers", "--help"],
         ["scaling", "--help"],
         ["swap", "--help"],
+        ["compare", "--help"],
+        ["flops", "--help"],
+        ["loader", "--help"],
     ):
         with pytest.raises(SystemExit) as done:
             main(["bench", *words])

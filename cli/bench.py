@@ -1,8 +1,8 @@
 """`vitarium bench`: measure models or operators, and draw what was measured.
 
 The first word says what is done (`models`, `ops`, `mixers`, `official`,
-`swap`, `scaling`, `train`, `kernels`, `gpu`, `plot`, and those of `bench_measures`); without it, words
-are models.
+`swap`, `scaling`, `train`, `kernels`, `gpu`, `plot`, and those of `bench_measures`); without it,
+words are models.
 """
 
 from __future__ import annotations

@@ -63,8 +63,9 @@ def test_every_configuration_compiles_well(
         faults = [f"{row}: {fault}" for row in rows for fault in kernel_sheet.faults(row)]
         assert not faults, "\n".join(faults)
         assert all(0 < row.registers <= 255 for row in rows)
-        complaints = kernel_sheet.compare(rows, _sheet())
-        assert not complaints, "\n".join(complaints)
+        if rows[0].key[:4] in _held():  # what the sheet lacks is said once, by the test below
+            complaints = kernel_sheet.compare(rows, _sheet())
+            assert not complaints, "\n".join(complaints)
 
 
 @functools.cache
@@ -72,8 +73,15 @@ def _sheet() -> list[Row]:
     return kernel_sheet.rows(SHEET)
 
 
+@functools.cache
+def _held() -> set[kernel_sheet.Call]:
+    return {row.key[:4] for row in _sheet()}
+
+
 def test_the_sheet_is_of_every_configuration() -> None:
-    assert {row.key[:4] for row in _sheet()} == set(kernel_sheet.calls())
+    lacking = set(kernel_sheet.calls()) - _held()
+    assert not lacking, f"{len(lacking)} are not in the sheet; run `vitarium bench kernels`"
+    assert _held() <= set(kernel_sheet.calls())
     assert len({row.triton for row in _sheet()}) == 1
     assert not [f"{row}: {fault}" for row in _sheet() for fault in kernel_sheet.faults(row)]
 

@@ -29,8 +29,8 @@ _TILES = {16: (4, 4), 32: (4, 8), 64: (8, 8)}
 
 # (kernel, element size) -> by padded head_dim: tokens of a tile, those around it of a step, pooled
 # keys of a block (where the kernel has these), num_warps, num_stages. Read off ahead-of-time
-# compilation (`sheet.py`) for compute capability 8.0, 9.0 and 10.0: the fewest instructions without
-# register spills.
+# compilation (`vitarium bench kernels`) for compute capability 8.0, 9.0 and 10.0: the fewest
+# instructions without register spills.
 _SIZES: dict[tuple[str, int], dict[int, tuple[int, int, int, int, int]]] = {
     ("forward", 2): {
         32: (32, 64, 64, 2, 2),

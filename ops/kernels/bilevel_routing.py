@@ -20,7 +20,8 @@ from vitarium.ops.kernels.rows import view, views
 
 # (kernel, element size) -> by padded head_dim: tokens of the tile that a program stays with and of
 # those it walks over, num_warps, num_stages and, where the assembler would else spill,
-# max_registers. Read off ahead-of-time compilation, `sheet.py`: the fewest instructions.
+# max_registers. Read off ahead-of-time compilation, `vitarium bench kernels`: the fewest
+# instructions.
 _SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
     ("forward", 2): {
         32: (64, 64, 2, 2),

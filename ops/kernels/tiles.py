@@ -3,8 +3,8 @@
 A tile is a patch of the map, so that the union of its queries' windows stays small. Its number of
 tokens is chosen by kernel, head_dim and element size; the shape of the tile that is walked over by
 counting, for the map at hand, how many of either shape must be visited. The sizes are
-read off ahead-of-time compilation (`sheet.py`): no register spills and shared memory within the
-limit on compute capability 8.0, 9.0 and 10.0.
+read off ahead-of-time compilation (`vitarium bench kernels`): no register spills and shared memory
+within the limit on compute capability 8.0, 9.0 and 10.0.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LONG = {**_SQUARE, 2: {16: (1, 16), 32: (2, 16), 64: (4, 16)}}
 _SIZES: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {
     ("forward", 2): {
         32: (32, 32, 1, 2),
-        64: (64, 32, 4, 2, 184),
+        64: (64, 32, 4, 2, 192),
         128: (64, 32, 4, 2),
         256: (64, 32, 8, 2),
     },

@@ -10,9 +10,10 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
+from vitarium.benchmarks.kernel_compiler import compiling  # noqa: E402
 from vitarium.ops import aggregated_attention  # noqa: E402
 from vitarium.ops.kernels import aggregated as kernels  # noqa: E402
-from vitarium.ops.kernels import rows, sheet  # noqa: E402
+from vitarium.ops.kernels import rows  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
@@ -97,7 +98,7 @@ def test_large_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_sizes_of_map_compile_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     found = []
-    with sheet._compiling(90) as compiled:
+    with compiling(90) as compiled:
         for batch, size, pooled in ((1, (9, 13), 33), (2, (16, 7), 49), (3, (24, 32), 64)):
             arguments = tensors(
                 size, pooled, 3, batch=batch, dim=32, dtype=torch.bfloat16, device="meta"

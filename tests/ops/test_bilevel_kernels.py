@@ -11,9 +11,10 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
+from vitarium.benchmarks.kernel_compiler import compiling  # noqa: E402
 from vitarium.ops import bilevel_routing_attention  # noqa: E402
 from vitarium.ops.kernels import bilevel_routing as kernels  # noqa: E402
-from vitarium.ops.kernels import rows, sheet  # noqa: E402
+from vitarium.ops.kernels import rows  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
@@ -120,7 +121,7 @@ def test_views() -> None:
 def test_other_sizes_of_map_compile_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     found = []
-    with sheet._compiling(90) as compiled:
+    with compiling(90) as compiled:
         for batch, size in ((1, (10, 12)), (2, (14, 12)), (3, (12, 14))):
             query = torch.empty(batch, *size, 2, 32, device="meta", dtype=torch.bfloat16)
             routing = torch.empty(batch, 4, 3, device="meta", dtype=torch.int64)

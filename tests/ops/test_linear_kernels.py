@@ -10,9 +10,10 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
+from vitarium.benchmarks.kernel_compiler import compiling  # noqa: E402
 from vitarium.ops import linear_attention  # noqa: E402
 from vitarium.ops.kernels import linear as kernels  # noqa: E402
-from vitarium.ops.kernels import rows, sheet  # noqa: E402
+from vitarium.ops.kernels import rows  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
@@ -95,7 +96,7 @@ def test_parts_cover_all_tokens(most: int) -> None:
 def test_other_sizes_of_map_compile_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     found = []
-    with sheet._compiling(90) as compiled:
+    with compiling(90) as compiled:
         for batch, tokens in ((2, 120), (3, 168), (4, 3136)):
             x = torch.empty(batch, tokens, 2, 32, device="meta", dtype=torch.bfloat16)
             args = (x, x, x, None)

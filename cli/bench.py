@@ -14,7 +14,7 @@ from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from rich.console import Console
 
 from vitarium.cli import bench_measures, bench_report
-from vitarium.cli.bench_kernels import gpu_parser, kernels_parser, run_gpu, run_kernels
+from vitarium.cli.bench_kernels import all_parser, kernels_parser, run_all, run_kernels
 from vitarium.cli.bench_measures import add_selection, with_selected
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -473,7 +473,7 @@ _WHAT = {
     "swap": (_swap_parser, _run_swap, "timm's models with our mixers against timm's"),
     "train": (_train_parser, _run_train, "a training step against a bare loop"),
     "kernels": (kernels_parser, run_kernels, "what the compiler makes of the kernels, no GPU"),
-    "gpu": (gpu_parser, run_gpu, "everything on a GPU, within minutes"),
+    "all": (all_parser, run_all, "operators, models, growth, report within minutes"),
     **bench_measures.WHAT,
     "timm-script": (
         _timm_script_parser,

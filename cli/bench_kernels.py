@@ -1,4 +1,4 @@
-"""`vitarium bench kernels` and `vitarium bench gpu`: kernels without a GPU, all of it with one."""
+"""`vitarium bench kernels` and `vitarium bench all`: kernels without a GPU; all in one command."""
 
 from __future__ import annotations
 
@@ -61,48 +61,58 @@ def run_kernels(config: Namespace) -> int:
     return 1 if faults else 0
 
 
-def gpu_parser() -> ArgumentParser:
+def all_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        description="Everything that is measured on a GPU, within a few minutes: tests, operators "
-        "in bfloat16 and float16, the smallest model of every family in inference and training, "
-        "growth with the map, CUDA graphs, compiled models, pictures. The same command goes on "
-        "where it ended."
+        description="Everything in one command: operators, the smallest model of every family in "
+        "inference and training, growth with the map, pictures, a report; on a GPU also tests, "
+        "CUDA graphs and compiled models. The same command goes on where it ended."
     )
     parser.add_argument(
         "--device",
-        type=Literal["cuda", "cpu"],
-        default="cuda",
-        help="cpu is a rehearsal: a little of every step, and no results",
+        type=Literal["cuda", "cpu"] | None,
+        default=None,
+        help="a GPU if there is one, if not given",
     )
-    parser.add_argument("--minutes", type=PositiveFloat, default=8.0, help="for all steps together")
+    parser.add_argument(
+        "--minutes",
+        type=PositiveFloat | None,
+        default=None,
+        help="for all steps together; 8 on a GPU and 14 on a CPU, if not given",
+    )
     parser.add_argument("--fresh", action="store_true", help="do again what was done before")
+    parser.add_argument(
+        "--rehearsal",
+        action="store_true",
+        help="a little of every step, to see that it works; no results",
+    )
     parser.add_argument(
         "--output",
         type=str | None,
         default=None,
-        help=f"folder; {RESULTS}/<gpu> in a checkout of the repository and {RUNS}/<gpu> elsewhere, "
-        "if not given",
+        help=f"folder; {RESULTS}/<gpu> or {RESULTS}/<processor>/all in a checkout of the "
+        f"repository and below {RUNS} elsewhere, if not given",
     )
     return parser
 
 
-def run_gpu(config: Namespace) -> int:
-    import torch
+def run_all(config: Namespace) -> int:
+    from vitarium.benchmarks import plan, record, steps
+    from vitarium.benchmarks.arguments import device_named
 
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise OSError("no CUDA device is found; --device cpu rehearses the steps without one")
-    from vitarium.benchmarks import gpu_plan, gpu_suite, record
-
+    device = device_named(config.device).type
     console = Console()
-    slug = record.this_machine(config.device).slug
-    if config.device == "cpu":
-        slug += "-rehearsal"
-    root = RESULTS if RESULTS.is_dir() and config.device == "cuda" else RUNS
-    folder = Path(config.output) if config.output else root / slug
-    reports = gpu_suite.run_suite(
-        gpu_plan.plan(config.device),
-        gpu_suite.Place(config.device, folder, config.fresh),
-        minutes=config.minutes,
+    slug = record.this_machine(device).slug
+    root = RESULTS if RESULTS.is_dir() and not config.rehearsal else RUNS
+    folder = root / slug / "rehearsal" if config.rehearsal else root / slug
+    if device == "cpu" and not config.rehearsal:
+        folder /= "all"  # beside records that took longer
+    if config.output:
+        folder = Path(config.output)
+    place = steps.Place(device, folder, config.fresh, config.rehearsal)
+    reports = steps.run_suite(
+        plan.plan(place),
+        place,
+        minutes=config.minutes or plan.MINUTES[device],
         logs=RUNS / slug / "logs" if config.output is None else folder / "logs",
         progress=lambda line: console.print(line, style="dim", highlight=False),
     )

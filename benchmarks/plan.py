@@ -1,6 +1,6 @@
-"""What is measured on a GPU in eight minutes: tests, operators, models, growth with size, pictures.
+"""What is measured by one command: operators, models, growth with size, pictures, a report.
 
-On the CPU the same plan is a rehearsal: little of everything, which shows that the steps work.
+On a GPU it takes eight minutes, tests included, on one thread of a CPU a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from pathlib import Path
 import torch
 
 from vitarium.benchmarks import plot, record
-from vitarium.benchmarks.gpu_suite import Outcome, Place, Step
 from vitarium.benchmarks.models import bench_models
 from vitarium.benchmarks.operators import bench_operators
 from vitarium.benchmarks.record import Record
+from vitarium.benchmarks.report_files import write_report
 from vitarium.benchmarks.scaling import SIDES, bench_scaling
 from vitarium.benchmarks.selection import smallest_models
-from vitarium.ops import MIXERS
+from vitarium.benchmarks.steps import Outcome, Place, Step
+from vitarium.ops import MIXERS, OPERATORS
 
-MINUTES = 8.0
-OPERATORS, MODELS, SCALING = "operators.jsonl", "models.jsonl", "scaling.jsonl"
+MINUTES = {"cuda": 8.0, "cpu": 14.0}
+RECORDS = {name: f"{name}.jsonl" for name in ("operators", "models", "scaling")}
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -59,7 +60,8 @@ class _Settings:
 
 _SETTINGS = {
     "cuda": _Settings(("bfloat16", "float16"), {"forward": 64, "training": 32}, SIDES, 0.5),
-    "cpu": _Settings(
+    "cpu": _Settings(("float32",), {"forward": 1, "training": 1}, (14, 28, 56), 0.3),
+    "rehearsal": _Settings(
         ("float32", "bfloat16"),
         {"forward": 1, "training": 1},
         (7, 14),
@@ -74,15 +76,19 @@ _SETTINGS = {
 }
 
 
-def plan(device: str) -> list[Step]:
-    """The steps, with seconds that add up to `MINUTES`.
+def _settings(place: Place) -> _Settings:
+    return _SETTINGS["rehearsal" if place.rehearsal else place.device]
 
-    Args:
-        device: "cuda", or "cpu" for a rehearsal.
-    """
-    first, second = _SETTINGS[device].dtypes
+
+def plan(place: Place) -> list[Step]:
+    """The steps, with seconds that add up to `MINUTES` of the device."""
+    return _cuda_steps(_settings(place).dtypes) if place.device == "cuda" else _cpu_steps(place)
+
+
+def _cuda_steps(dtypes: Sequence[str]) -> list[Step]:
+    first, second = dtypes
     return [
-        Step("tests that need a GPU", run_tests, 70, needs_cuda=True),
+        Step("tests that need a GPU", run_tests, 70),
         Step(f"operators, {first}", partial(run_operators, dtype=first), 85),
         Step(f"operators, {second}", partial(run_operators, dtype=second), 60),
         Step("models, inference", partial(run_models, mode="forward"), 45),
@@ -91,16 +97,26 @@ def plan(device: str) -> list[Step]:
         Step(
             "operators, CUDA graphs",
             partial(run_operators, dtype=first, cuda_graphs=True),
-            40,
-            needs_cuda=True,
+            35,
         ),
-        Step(
-            "models, compiled",
-            partial(run_models, mode="forward", compile=True),
-            90,
-            needs_cuda=True,
-        ),
+        Step("models, compiled", partial(run_models, mode="forward", compile=True), 80),
         Step("pictures", draw, 10, repeated=True),
+        Step("report", write_page, 15, repeated=True),
+    ]
+
+
+def _cpu_steps(place: Place) -> list[Step]:
+    dtypes = _settings(place).dtypes
+    return [
+        *(
+            Step(f"operators, {dtype}", partial(run_operators, dtype=dtype), 360 / len(dtypes))
+            for dtype in dtypes
+        ),
+        Step("models, inference", partial(run_models, mode="forward"), 150),
+        Step("models, training", partial(run_models, mode="training"), 180),
+        Step("growth with the map", run_scaling, 80),
+        Step("pictures", draw, 20, repeated=True),
+        Step("report", write_page, 50, repeated=True),
     ]
 
 
@@ -130,29 +146,36 @@ def run_tests(place: Place, seconds: float) -> Outcome:
 def run_operators(
     place: Place, seconds: float, *, dtype: str, cuda_graphs: bool = False
 ) -> Outcome:
-    """Operators forward and backward; from CUDA graphs, forward."""
-    settings = _SETTINGS[place.device]
-    outcome = bench_operators(
-        settings.operators,
-        device=place.device,
-        batch_size=settings.images,
-        dtypes=[dtype],
-        modes=["forward"] if cuda_graphs else ["forward", "backward"],
-        match=settings.match,
-        seconds=settings.seconds,
-        cuda_graphs=cuda_graphs,
-        output=place.folder / OPERATORS,
-        fresh=place.fresh,
-        minutes=seconds / 60,
-        progress=_say,
-    )
-    return Outcome(outcome.refused, outcome.remaining)
+    """Operators forward and backward, each in its share of the time; from CUDA graphs, forward."""
+    settings = _settings(place)
+    names, began = list(settings.operators or OPERATORS), time.monotonic()
+    modes = ["forward", "backward" if place.device == "cuda" else "training"]
+    failures, remaining = [], 0
+    for number, name in enumerate(names):
+        left = seconds - (time.monotonic() - began)
+        outcome = bench_operators(
+            [name],
+            device=place.device,
+            batch_size=settings.images,
+            dtypes=[dtype],
+            modes=modes[:1] if cuda_graphs else modes,
+            match=settings.match,
+            seconds=settings.seconds,
+            cuda_graphs=cuda_graphs,
+            output=place.folder / RECORDS["operators"],
+            fresh=place.fresh,
+            minutes=max(0.0, left / (len(names) - number)) / 60,
+            progress=_say,
+        )
+        failures += outcome.refused
+        remaining += outcome.remaining
+    return Outcome(failures, remaining)
 
 
 def run_models(place: Place, seconds: float, *, mode: str, compile: bool = False) -> Outcome:
     """The smallest model of every family, in `mode`."""
-    settings = _SETTINGS[place.device]
-    dtype, output = settings.dtypes[0], place.folder / MODELS
+    settings = _settings(place)
+    dtype, output = settings.dtypes[0], place.folder / RECORDS["models"]
     kind = "compiled" if compile else "eager"
     batch_size = settings.batch_size[mode]
     done = {
@@ -171,6 +194,7 @@ def run_models(place: Place, seconds: float, *, mode: str, compile: bool = False
             image_size=settings.image_size,
             dtype=dtype,
             device=place.device,
+            threads=1 if place.device == "cpu" else None,
             compile=compile,
             min_rounds=5,
             seconds=settings.seconds,
@@ -184,8 +208,8 @@ def run_models(place: Place, seconds: float, *, mode: str, compile: bool = False
 
 def run_scaling(place: Place, seconds: float) -> Outcome:
     """Mixers that claim to be linear, on maps of several sizes."""
-    settings = _SETTINGS[place.device]
-    dtype, output = settings.dtypes[0], place.folder / SCALING
+    settings = _settings(place)
+    dtype, output = settings.dtypes[0], place.folder / RECORDS["scaling"]
     done = {r.name for r in _recorded(output, place) if (r.mode, r.dtype) == ("forward", dtype)}
 
     def measure(name: str) -> None:
@@ -205,7 +229,9 @@ def run_scaling(place: Place, seconds: float) -> Outcome:
 def draw(place: Place, seconds: float) -> Outcome:
     """Operators over their floor, a picture each, and models by accuracy and latency."""
     operators = [
-        r for r in _recorded(place.folder / OPERATORS, place) if "cuda_graphs" not in r.arguments
+        r
+        for r in _recorded(place.folder / RECORDS["operators"], place)
+        if "cuda_graphs" not in r.arguments
     ]
     names = dict.fromkeys(r.name for r in operators if r.implementation == "floor")
 
@@ -216,13 +242,23 @@ def draw(place: Place, seconds: float) -> Outcome:
     outcome = _each(list(names), picture, seconds)
     models = [
         r
-        for r in _recorded(place.folder / MODELS, place)
+        for r in _recorded(place.folder / RECORDS["models"], place)
         if (r.mode, r.implementation) == ("forward", "eager")
     ]
     accuracies = plot.published_accuracies(models)
     if accuracies:
         plot.plot_models(models, accuracies, place.folder / "models.png")
     return outcome
+
+
+def write_page(place: Place, seconds: float) -> Outcome:
+    """All records of the folder as one page, with the kernel sheet where it is at hand."""
+    records = [path for name in RECORDS.values() if (path := place.folder / name).exists()]
+    kernels = _ROOT / "benchmarks" / "results" / "kernels.json"
+    write_report(
+        records, place.folder / "report.html", kernels=kernels if kernels.exists() else None
+    )
+    return Outcome()
 
 
 def _without(names: Sequence[str], done: set[str], place: Place) -> list[str]:

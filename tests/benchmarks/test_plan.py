@@ -1,4 +1,4 @@
-"""The plan for a GPU: what a step does wrong is its own affair, and what is done stays done."""
+"""The plan of measurements: what a step does wrong is its own affair, what is done stays done."""
 
 import dataclasses
 import importlib
@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitarium.benchmarks import gpu_plan, gpu_suite, record
-from vitarium.benchmarks.gpu_suite import Place, Step
+from vitarium.benchmarks import plan, record
+from vitarium.benchmarks import steps as steps_module
+from vitarium.benchmarks.steps import Place, Step
 from vitarium.cli.main import main
 
 # Steps run in processes of their own, which import them by this name.
 MADE_UP = """
 import os, subprocess, sys, time
-from vitarium.benchmarks.gpu_suite import Outcome
+from vitarium.benchmarks.steps import Outcome
 
 def note(place, text):
     with open(place.folder / "notes", "a") as file:
@@ -58,7 +59,7 @@ def _run(
     steps: list[Step], folder: Path, minutes: float = 10, fresh: bool = False
 ) -> dict[str, tuple[str, str]]:
     place = Place("cpu", folder, fresh)
-    reports = gpu_suite.run_suite(steps, place, minutes=minutes, logs=folder / "logs")
+    reports = steps_module.run_suite(steps, place, minutes=minutes, logs=folder / "logs")
     assert [report.step for report in reports] == [step.name for step in steps]
     return {report.step: (report.status, report.detail) for report in reports}
 
@@ -68,7 +69,6 @@ def test_steps_that_fail_do_not_end_the_run(tmp_path, made_up) -> None:
         Step("raises", made_up.raises, 1),
         Step("crashes", made_up.crashes, 1),
         Step("refuses", made_up.refuses, 1),
-        Step("cuda", made_up.works, 1, needs_cuda=True),
         Step("too much", made_up.has_too_much_to_do, 1),
         Step("works", made_up.works, 1),
         Step("always", made_up.works, 1, repeated=True),
@@ -80,7 +80,6 @@ def test_steps_that_fail_do_not_end_the_run(tmp_path, made_up) -> None:
     status, detail = found["crashes"]
     assert status == "failed" and "exit code 3" in detail
     assert found["refuses"] == ("failed", "one: wrong; 2 remain")
-    assert found["cuda"][0] == "skipped"
     assert found["too much"] == ("unfinished", "2 remain")
     assert found["works"] == found["always"] == ("done", "")
     # The same call does again what is not done, and nothing else.
@@ -89,13 +88,13 @@ def test_steps_that_fail_do_not_end_the_run(tmp_path, made_up) -> None:
     found = _run(steps, tmp_path)
     assert found["works"][0] == "done before" and found["always"][0] == "done"
     assert notes.read_text().count("more") == 2 and notes.read_text().count("worked True") == 3
-    assert _run(steps[5:6], tmp_path, fresh=True)["works"][0] == "done"
+    assert _run(steps[4:5], tmp_path, fresh=True)["works"][0] == "done"
     # Another commit has other code.
-    ledger = tmp_path / gpu_suite.LEDGER
-    held = gpu_suite.read_ledger(ledger)
+    ledger = tmp_path / steps_module.LEDGER
+    held = steps_module.read_ledger(ledger)
     assert len(held) == 6
-    gpu_suite._write_ledger(ledger, [dataclasses.replace(r, commit="another") for r in held])
-    assert _run(steps[5:6], tmp_path)["works"][0] == "done"
+    steps_module._write_ledger(ledger, [dataclasses.replace(r, commit="another") for r in held])
+    assert _run(steps[4:5], tmp_path)["works"][0] == "done"
     ledger.write_text("[{}]")
     with pytest.raises(ValueError, match="does not say which steps are done"):
         _run(steps, tmp_path)
@@ -133,35 +132,37 @@ def test_two_steps_of_one_name(tmp_path) -> None:
         _run(steps, tmp_path)
 
 
-def test_the_plan_takes_eight_minutes() -> None:
-    for device in ("cuda", "cpu"):
-        steps = gpu_plan.plan(device)
-        assert sum(step.seconds for step in steps) == 60 * gpu_plan.MINUTES
-    named = [step.name for step in gpu_plan.plan("cuda")]
+def test_the_plans_take_their_minutes() -> None:
+    for device, minutes in plan.MINUTES.items():
+        for rehearsal in (False, True):
+            planned = plan.plan(Place(device, Path(), rehearsal=rehearsal))
+            assert sum(step.seconds for step in planned) == 60 * minutes
+    named = [step.name for step in plan.plan(Place("cuda", Path()))]
     assert {"operators, bfloat16", "operators, float16"} <= set(named)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu(capsys) -> None:
-    assert main(["bench", "gpu"]) == 1
-    assert "no CUDA device" in capsys.readouterr().err
+    assert main(["bench", "all", "--device", "cuda"]) == 1
+    assert "torch sees 0 CUDA devices" in capsys.readouterr().err
 
 
 def test_rehearsal(tmp_path, capsys) -> None:
-    command = ["bench", "gpu", "--device", "cpu", "--minutes", "9", "--output", str(tmp_path)]
+    command = ["bench", "all", "--rehearsal", "--device", "cpu", "--output", str(tmp_path)]
     assert main(command) == 0, capsys.readouterr().out
-    ledger = tmp_path / gpu_suite.LEDGER
-    statuses = {report.step: report.status for report in gpu_suite.read_ledger(ledger)}
-    cuda = {step.name for step in gpu_plan.plan("cpu") if step.needs_cuda}
-    assert set(statuses) == {step.name for step in gpu_plan.plan("cpu")} - cuda
+    ledger = tmp_path / steps_module.LEDGER
+    statuses = {report.step: report.status for report in steps_module.read_ledger(ledger)}
+    place = Place("cpu", tmp_path, rehearsal=True)
+    assert list(statuses) == [step.name for step in plan.plan(place)]
     assert set(statuses.values()) == {"done"}
     held = {path.name: record.read(path) for path in tmp_path.glob("*.jsonl")}
     assert {(r.mode, r.dtype) for r in held["operators.jsonl"]} == {
-        (mode, dtype) for mode in ("forward", "backward") for dtype in ("float32", "bfloat16")
+        (mode, dtype) for mode in ("forward", "training") for dtype in ("float32", "bfloat16")
     }
     assert {r.mode for r in held["models.jsonl"]} == {"forward", "training"}
     assert len(held["scaling.jsonl"]) == 2
     assert (tmp_path / "operators-linear-attention.png").stat().st_size > 10_000
+    assert "linear_attention" in (tmp_path / "report.html").read_text(encoding="utf-8")
     # What was measured is not measured again, not even by a step that was not finished.
     ledger.unlink()
     assert main(command) == 0

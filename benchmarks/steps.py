@@ -2,7 +2,7 @@
 
 A step that raises, crashes or takes too long is reported and does not end the run. Which steps are
 done is kept in a file beside the records, so that the same call goes on where it ended; the steps
-pass over their own records. `vitarium.benchmarks.gpu_plan` has the plan.
+pass over their own records. `vitarium.benchmarks.plan` has the plan.
 """
 
 from __future__ import annotations
@@ -31,16 +31,24 @@ LEDGER = "suite.json"
 # A step is to begin nothing after this part of its time; what is left is for what it has begun.
 BEGINNING = 0.8
 
-Status = Literal["done", "unfinished", "failed", "out of time", "skipped", "done before"]
+Status = Literal["done", "unfinished", "failed", "out of time", "done before"]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where steps measure, the folder that they write to, and whether they measure all again."""
+    """Where steps measure and what they write to.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        folder: of the records.
+        fresh: measure again what was measured.
+        rehearsal: measure a little of everything, to see that the steps work.
+    """
 
     device: str
     folder: Path
     fresh: bool = False
+    rehearsal: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,14 +68,12 @@ class Step:
         run: a function that can be pickled, from the place and the seconds after which it is to
             begin nothing more.
         seconds: its share of the time, in relation to the other steps'.
-        needs_cuda: it is skipped on other devices.
         repeated: it runs again even if it was done before.
     """
 
     name: str
     run: Callable[[Place, float], Outcome]
     seconds: float
-    needs_cuda: bool = False
     repeated: bool = False
 
 
@@ -118,15 +124,13 @@ def run_suite(
     logs.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     # Imported once, in a process that never touches the device, and not in every step again.
-    context.set_forkserver_preload(["torch", "vitarium.benchmarks.gpu_plan"])
+    context.set_forkserver_preload(["torch", "vitarium.benchmarks.plan"])
     reports = []
     for number, step in enumerate(steps):
         before = held.get(step.name)
         left = 60 * minutes - (time.monotonic() - began)
         seconds = left * step.seconds / sum(later.seconds for later in steps[number:])
-        if step.needs_cuda and place.device != "cuda":
-            report = Report(step.name, "skipped", "it needs a CUDA device")
-        elif not (place.fresh or step.repeated) and before is not None and _done(before):
+        if not (place.fresh or step.repeated) and before is not None and _done(before):
             report = dataclasses.replace(before, status="done before")
         elif seconds <= 0:
             report = Report(step.name, "out of time", "no time is left for it")

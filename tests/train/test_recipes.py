@@ -41,7 +41,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "transnext": {**SHALLOW, "embed_dim": 24, "img_size": PIXELS},
     "vit": {"embed_dim": 48, "depth": 2, "num_heads": 2, "img_size": PIXELS},
 }
-NAMES = [name for name in recipe_names() if name not in ("digits", "probe", "testbed")]
+NAMES = [
+    name for name in recipe_names() if name not in ("digits", "probe", "testbed", "testbed_long")
+]
 
 
 def recipe(name: str) -> TrainConfig:

@@ -278,15 +278,16 @@ def _label(name: str) -> str:
 
 
 def where_measured(records: Sequence[Record]) -> str:
-    """Processor, threads, clock, versions and date of the last of records."""
+    """Processor, threads, clock (of what was timed), versions and date of the last of records."""
     r = records[-1]
     libraries = ("torch", "triton", "timm", "natten", "vitarium")
     versions = ", ".join(f"{name} {r.versions[name]}" for name in libraries if name in r.versions)
-    threads = f"{r.machine.threads} thread{'s' if r.machine.threads > 1 else ''}, "
-    return (
-        f"{r.machine.processor}, {threads if r.machine.device == 'cpu' else ''}"
-        f"median of interleaved runs ({record.CLOCKS[r.clock]}); {versions}; {r.date[:10]}"
-    )
+    parts = [r.machine.processor]
+    if r.machine.device == "cpu":
+        parts.append(f"{r.machine.threads} thread{'s' if r.machine.threads > 1 else ''}")
+    if r.kind != "run":
+        parts.append(f"median of interleaved runs ({record.CLOCKS[r.clock]})")
+    return f"{', '.join(parts)}; {versions}; {r.date[:10]}"
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:

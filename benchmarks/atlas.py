@@ -102,8 +102,8 @@ def entries(names: Sequence[str] = (), records: Sequence[Record] = ()) -> list[E
     """
     known("mixer", names, MIXERS)
     growth = {
-        name: exponent
-        for (name, _, mode), exponent in exponents(scaling_records(records)).items()
+        name: power.exponent
+        for (name, _, mode), power in exponents(scaling_records(records)).items()
         if mode == "forward"
     }
     return [

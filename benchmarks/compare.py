@@ -12,8 +12,7 @@ happened to the machine in between, of which a run says nothing; two things acco
 
 Both were chosen on 21 runs of 6 unchanged models, ten samples each or a few more, on two cores
 that several other processes kept busy. Of 300 intervals (50 pairs of runs), 97 % had 1 in them, by
-process CPU time and by wall time alike; by the bootstrap and the noise alone, without the pace,
-about 81 % and 41 %.
+process CPU time and by wall time alike; without the pace, about 81 % and 41 %.
 """
 
 from __future__ import annotations

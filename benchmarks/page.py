@@ -26,6 +26,7 @@ import jinja2
 from vitarium.benchmarks import comparisons, growth, pareto, report_tables
 from vitarium.benchmarks.comparisons import Comparison
 from vitarium.benchmarks.record import Record
+from vitarium.train.run_page import html_environment
 
 _IMAGE_KINDS = {
     ".png": "image/png",
@@ -92,9 +93,7 @@ def _text(name: str) -> str:
 
 @functools.cache
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
+    environment = html_environment()
     # `tojson` escapes what could end a script element.
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     return environment.from_string(_text("report.html"))

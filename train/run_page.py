@@ -138,12 +138,16 @@ def read_template(name: str) -> str:
     return (folder / name).read_text(encoding="utf-8")
 
 
-@functools.cache
-def _page() -> jinja2.Template:
-    page = jinja2.Environment(
+def html_environment() -> jinja2.Environment:
+    """What pages are made with: all values are escaped, and one that is missing is an error."""
+    return jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    return page.from_string(read_template("report.html"))
+
+
+@functools.cache
+def _page() -> jinja2.Template:
+    return html_environment().from_string(read_template("report.html"))
 
 
 def _step_of(path: Path) -> int | None:

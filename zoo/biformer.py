@@ -224,11 +224,15 @@ CHECKPOINTS: dict[str, tuple[str, Published]] = {
 }
 
 
+# An address of the authors' drive: a share, and the content of what is shared.
+_SHARES, _CONTENT = "https://api.onedrive.com/v1.0/shares", "root/content"
+
+
 def _default_cfg(name: str, share: str) -> dict[str, Any]:
     """timm's configuration of the checkpoint `name` = "model.tag"; see the official evaluation."""
     return imagenet_cfg(
         224,
-        origin_url=f"https://api.onedrive.com/v1.0/shares/s!AkBbczdRlZv{share}/root/content",
+        origin_url=f"{_SHARES}/s!AkBbczdRlZv{share}/{_CONTENT}",
         description="The authors' address of this checkpoint no longer answers; load a file.",
         first_conv="stem.conv" if "_stl" in name else "stem.conv1",
         license="mit",

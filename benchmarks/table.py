@@ -7,6 +7,7 @@ python -m vitarium.benchmarks.table README.md --check   fails if the file differ
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import re
 import sys
@@ -124,14 +125,14 @@ def _by_size(name: str) -> tuple[int, str]:
 
 def _row(family: str, names: list[str]) -> tuple[str, ...]:
     # A family is one architecture: its smallest member has the mixers of all.
-    mixers = mixers_of(flops.on_meta(names[0]))
+    mixers = _mixers_named(names[0])
     sizes = [name.removeprefix(family).strip("_") for name in names]
     papers = dict.fromkeys(paper for name in names for paper in _papers(name))
     published = [figures for name in names if (figures := zoo.published(name)) is not None]
     params = [figures.params_M for figures in published]
     gflops = [figures.gflops for figures in published if figures.gflops is not None]
     if not gflops:
-        counts = [flops.count(name) for name in names]
+        counts = [_count(name) for name in names]
         params = params or [count.params / 1e6 for count in counts]
         gflops = [count.macs / 1e9 for count in counts]
     return (
@@ -142,6 +143,16 @@ def _row(family: str, names: list[str]) -> tuple[str, ...]:
         _range(gflops),
         _range(figures.top1 for figures in published if figures.top1 is not None),
     )
+
+
+@functools.cache
+def _count(name: str) -> flops.Counts:
+    return flops.count(name)
+
+
+@functools.cache
+def _mixers_named(name: str) -> str:
+    return mixers_of(flops.on_meta(name))
 
 
 def mixers_of(model: nn.Module) -> str:

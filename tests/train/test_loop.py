@@ -150,6 +150,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     """Interrupted in the first step, mid-epoch, at the end of an epoch, and mid-epoch later."""
     folder, all_batches, states = whole
     batches: list[Any] = []
+    before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         record_batches(patch, batches)
         send_at_step(patch, at, SIGNALS[at % 2])
@@ -157,7 +158,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
             train(tiny_config, output=tmp_path / "run")
         assert stop.value.signum == SIGNALS[at % 2]
         assert len(batches) == at + 1
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     torch.manual_seed(at)  # what the interpreter draws between must not matter
     with monkeypatch.context() as patch:
         record_batches(patch, batches)

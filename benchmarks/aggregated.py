@@ -108,11 +108,11 @@ def _offsets(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
     return inside, place.masked_fill(~inside, 0)
 
 
-def _sdpa(case: Case, device: torch.device) -> Callable[..., Tensor]:
+def _sdpa(case: Case, device: torch.device) -> Callable[..., Tensor] | None:
     """Every pair of tokens and every pooled key, masked; the further weights apart."""
     _, height, width, *_ = case.shapes["query"]
     if height * width > DENSE_TOKENS:
-        raise ValueError(f"scores of {height * width} x {height * width} tokens are too many")
+        return None
     inside, place = _offsets(case, device)
 
     def run(

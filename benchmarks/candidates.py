@@ -70,7 +70,7 @@ def build_candidates(
 
     Returns:
         Candidates by name, and by name why another is none: it failed or its result is wrong.
-        Backends that refuse the call are in neither.
+        Backends that refuse the call, and peers that it is too large for, are in neither.
     """
     inputs = _Inputs(setting, device)
     functions, refused = _functions(setting, device, peers)
@@ -116,7 +116,8 @@ def _functions(
             except Exception as failure:  # as above
                 refused[name] = f"{type(failure).__name__}: {failure}"
                 continue
-            functions[name] = (_positional(function), peer.same_function)
+            if function is not None:
+                functions[name] = (_positional(function), peer.same_function)
     return functions, refused
 
 

@@ -109,14 +109,14 @@ def _cpu_steps(place: Place) -> list[Step]:
     dtypes = _settings(place).dtypes
     return [
         *(
-            Step(f"operators, {dtype}", partial(run_operators, dtype=dtype), 360 / len(dtypes))
+            Step(f"operators, {dtype}", partial(run_operators, dtype=dtype), 530 / len(dtypes))
             for dtype in dtypes
         ),
-        Step("models, inference", partial(run_models, mode="forward"), 150),
-        Step("models, training", partial(run_models, mode="training"), 180),
-        Step("growth with the map", run_scaling, 80),
-        Step("pictures", draw, 20, repeated=True),
-        Step("report", write_page, 50, repeated=True),
+        Step("models, inference", partial(run_models, mode="forward"), 95),
+        Step("models, training", partial(run_models, mode="training"), 175),
+        Step("growth with the map", run_scaling, 15),
+        Step("pictures", draw, 8, repeated=True),
+        Step("report", write_page, 17, repeated=True),
     ]
 
 

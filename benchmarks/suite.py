@@ -18,12 +18,13 @@ class Peer:
     """Somebody else's way to compute an operator, or what one would use instead of it.
 
     Attributes:
-        build: from a case and a device, a function of the case's tensors.
+        build: from a case and a device, a function of the case's tensors; or None if the case is
+            too large for it.
         devices: where it runs unless peers are chosen by name.
         same_function: whether its results must equal the operator's.
     """
 
-    build: Callable[[Case, torch.device], Callable[..., Tensor]]
+    build: Callable[[Case, torch.device], Callable[..., Tensor] | None]
     devices: Sequence[str]
     same_function: bool = True
 

@@ -66,6 +66,24 @@ def agent_attention(
         ValueError: shapes or devices do not fit, or the named backend cannot run this.
         TypeError: an argument is of the wrong type, or dtypes differ.
     """
+    scale = _check(query, key, value, agent, agent_bias, query_bias, scale)
+    query, key, value, agent = dispatch.autocast(query, key, value, agent)
+    tensors = (query, key, value, agent, agent_bias, query_bias)
+    args = (*tensors, scale, training(*tensors))
+    return dispatch.choose(NAME, backend, _IMPLEMENTATIONS, query.device, *args)(*args)
+
+
+@dispatch.remembered
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    agent: Tensor,
+    agent_bias: Tensor | None,
+    query_bias: Tensor | None,
+    scale: Any,
+) -> float:
+    """The scale; raises what `agent_attention` says it raises."""
     scale = check(NAME, query, key, value, None, False, scale)
     dispatch.check_tensors(NAME, query=query, agent=agent)
     _check_shapes(query, key, agent)
@@ -75,10 +93,7 @@ def agent_attention(
     ):
         if bias is not None:
             check_bias(NAME, bias, rows, columns, name, batched=False)
-    query, key, value, agent = dispatch.autocast(query, key, value, agent)
-    tensors = (query, key, value, agent, agent_bias, query_bias)
-    args = (*tensors, scale, training(*tensors))
-    return dispatch.choose(NAME, backend, _IMPLEMENTATIONS, query.device, *args)(*args)
+    return scale
 
 
 def _check_shapes(query: Tensor, key: Tensor, agent: Tensor) -> None:

@@ -60,7 +60,9 @@ class _Settings:
 
 _SETTINGS = {
     "cuda": _Settings(("bfloat16", "float16"), {"forward": 64, "training": 32}, SIDES, 0.5),
-    "cpu": _Settings(("float32",), {"forward": 1, "training": 1}, (14, 28, 56), 0.3),
+    "cpu": _Settings(
+        ("float32",), {"forward": 1, "training": 1}, (14, 28, 56), seconds=0.5, images=1
+    ),
     "rehearsal": _Settings(
         ("float32", "bfloat16"),
         {"forward": 1, "training": 1},

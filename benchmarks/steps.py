@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -186,6 +187,7 @@ def _end(process: Any) -> None:
 
 def _child(step: Step, place: Place, seconds: float, log: Path, sender: Connection) -> None:
     os.setsid()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
@@ -204,6 +206,14 @@ def _child(step: Step, place: Place, seconds: float, log: Path, sender: Connecti
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def _end_with_parent() -> None:
+    """Wait until the process that waits for this one is gone, killed perhaps, and end the group."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.killpg(0, signal.SIGKILL)
 
 
 # --- what is done --------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -111,6 +113,27 @@ def test_a_step_that_takes_too_long_is_ended(tmp_path, made_up) -> None:
             _wait_for_the_end_of(int(line.split()[1]))
     found = _run([Step("late", made_up.works, 1)], tmp_path, minutes=0)
     assert found["late"] == ("out of time", "no time is left for it")
+
+
+def test_a_run_that_is_killed_takes_its_step_along(tmp_path, made_up) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(tmp_path)!r})
+import made_up_steps
+from vitarium.benchmarks.steps import Place, Step, run_suite
+folder = Path({str(tmp_path)!r})
+step = Step("never ends", made_up_steps.never_ends, 1)
+run_suite([step], Place("cpu", folder), minutes=10, logs=folder / "logs")
+"""
+    notes = tmp_path / "notes"
+    with subprocess.Popen([sys.executable, "-c", code]) as run:
+        for _ in range(1200):
+            if notes.exists() or run.poll() is not None:
+                break
+            time.sleep(0.1)
+        run.kill()
+    _wait_for_the_end_of(int(notes.read_text().split()[1]))
 
 
 def _wait_for_the_end_of(process: int) -> None:

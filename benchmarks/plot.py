@@ -42,6 +42,7 @@ FLOORS = {
     "cpu": "the matrix products that the definition needs, alone",
     "cuda": "a copy of as many bytes as must be read and written once",
 }
+TICK_INCHES, BAR_INCHES = 0.9, 0.26  # so that neither settings nor ratios are written over others
 DEVICES = {"cpu": "one CPU thread", "cuda": "a GPU"}
 
 
@@ -66,9 +67,13 @@ def plot_operators(records: Sequence[Record], path: str | os.PathLike[str]) -> N
     panels = list(dict.fromkeys((r.dtype, r.mode) for r in records))
     found = dict.fromkeys(name for _, name in latest if name != FLOOR)
     names = [*(n for n in COLOURS if n in found), *(n for n in found if n not in COLOURS)]
-    columns = min(2, len(panels))
+    settings = max(
+        len({r.setting for r in records if (r.dtype, r.mode) == panel}) for panel in panels
+    )
+    width = max(6.2, 0.8 + settings * max(TICK_INCHES, BAR_INCHES * (len(found) + 1)))
+    columns = 1 if width > 9 else min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(6.2 * columns, 1.5 + 3.0 * rows), facecolor="white")
+    figure = Figure(figsize=(width * columns, 1.5 + 3.0 * rows), facecolor="white")
     axes = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
     for number, (dtype, mode) in enumerate(panels):
         ax = axes[number]
@@ -77,7 +82,10 @@ def plot_operators(records: Sequence[Record], path: str | os.PathLike[str]) -> N
         ax.set_title(f"{mode}, {dtype}", loc="left", fontsize=10.5, color=INK, weight="bold")
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
-    axes[0].set_ylim(1, 2 * max(height for ax in axes for height in ax.dataLim.intervaly))
+    highest = 2 * max(height for ax in axes for height in ax.dataLim.intervaly)
+    axes[0].set_ylim(1, highest)
+    if highest < 20:  # powers of ten would be few
+        axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     for ax in axes[::columns]:
         ax.set_ylabel("time / floor", fontsize=9, color=MUTED)
     _frame(figure, records, _operator_title(records[0]), names)
@@ -87,7 +95,7 @@ def plot_operators(records: Sequence[Record], path: str | os.PathLike[str]) -> N
 def _operator_title(r: Record) -> tuple[str, str]:
     title = r.name.replace("_", " ").capitalize()
     batch, *_, head_dim = next(iter(r.shapes.values()))
-    parts = [f"{batch} images", f"head_dim {head_dim}"]
+    parts = [f"{batch} image{'s' if batch != 1 else ''}", f"head_dim {head_dim}"]
     if "kernel_size" in r.arguments:
         parts.append(f"kernel size {r.arguments['kernel_size']}")
     return (

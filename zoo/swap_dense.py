@@ -13,6 +13,7 @@ from vitarium.ops import attention
 from vitarium.ops.window_mixers import Pair
 from vitarium.zoo.swap import adapt
 from vitarium.zoo.swap_parts import (
+    activated,
     conv_norm,
     pointwise,
     single_head,
@@ -69,7 +70,7 @@ def shvit(attn: Any, x: Tensor) -> Tensor:
     query, key, value = parts.split([attn.qk_dim, attn.qk_dim, attn.pdim], 1)
     output = single_head(query, key, value, attn.scale).reshape(part.shape)
     act, last = attn.proj
-    return conv_norm(last, act(torch.cat([output, rest], 1)))
+    return conv_norm(last, activated(act, torch.cat([output, rest], 1)))
 
 
 # --- relative positions of the whole map ---------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitarium.ops import channel_attention, outlook_attention
 from vitarium.zoo.swap import adapt
-from vitarium.zoo.swap_parts import conv_norm, pointwise, single_head, split_heads
+from vitarium.zoo.swap_parts import activated, conv_norm, pointwise, single_head, split_heads
 
 DAVIT = "timm.models.davit"
 
@@ -127,7 +127,7 @@ def cascaded_group(block: Any, x: Tensor) -> Tensor:
         output = single_head(*tokens, attn.scale, bias[head])
         outputs.append(output.unflatten(2, (side, side)))
     act, last = attn.proj
-    x = conv_norm(last, act(torch.cat(outputs, 1)))
+    x = conv_norm(last, activated(act, torch.cat(outputs, 1)))
     if rows * columns > 1:
         x = x.unflatten(0, (-1, rows, columns)).permute(0, 3, 1, 4, 2, 5)
         x = x.flatten(4, 5).flatten(2, 3)

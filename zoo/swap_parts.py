@@ -28,10 +28,15 @@ def pointwise(layer: Any, x: Tensor) -> Tensor:
     return layer(x)
 
 
-def plain(layer: Any) -> bool:
-    """Whether a layer is a product with its weight, and nothing else."""
+def plain(layer: Any, *types: type[nn.Module]) -> bool:
+    """Whether a layer is of these types, linear if none are named, and does nothing else."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-    return type(layer) in (nn.Linear, nn.Conv2d) and not hooked
+    return type(layer) in (types or (nn.Linear, nn.Conv2d)) and not hooked
+
+
+def activated(act: Any, x: Tensor) -> Tensor:
+    """`act(x)`, written over x, which nothing else reads, where that is the same."""
+    return x.relu_() if plain(act, nn.ReLU) else act(x)
 
 
 def split_heads(layer: Any, x: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:

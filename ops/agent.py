@@ -24,10 +24,11 @@ from vitarium.ops.differentiable import Differentiable
 from vitarium.ops.dispatch import Case, Implementation, Operator
 
 NAME = "agent_attention"
-# Scores of a call up to which ordinary operations are as fast as any, in inference and in training,
-# there in half precision and not.
-SMALL = 1 << 18
-SMALL_TRAINING = (1 << 22, 1 << 20)
+# Scores of a call up to which ordinary operations are as fast as any, of few agents and of many: in
+# inference in float32 (by PyTorch's fused attention) and in others, in training likewise.
+FEW = 16
+SMALL = ((1 << 14, 1 << 20), (1 << 15, 1 << 18))
+SMALL_TRAINING = ((1 << 15, 1 << 20), (1 << 22, 1 << 22))
 
 Shape = Sequence[int]
 
@@ -141,9 +142,10 @@ def _portable(
     if dispatch.plain_aten():
         return _reference(*args)
     scores = _products(query.shape, key.shape, agent.shape)
-    small = SMALL_TRAINING[int(query.element_size() > 2)] if training else SMALL
-    if scores <= small and query.is_cpu and not torch.compiler.is_compiling():
-        return portable.small(*args[:-1])
+    half = query.element_size() == 2
+    small = (SMALL_TRAINING if training else SMALL)[half][agent.shape[1] >= FEW]
+    if 0 < scores <= small and query.is_cpu and not torch.compiler.is_compiling():
+        return portable.small(*args)
     return _OPERATION(*args, fused=False)
 
 

@@ -7,10 +7,12 @@ stages up to some size and beyond it computes them again.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitarium.ops.packed import packed
@@ -143,22 +145,30 @@ def small(
     agent_bias: Tensor | None,
     query_bias: Tensor | None,
     scale: float,
+    training: bool,
 ) -> Tensor:
     """The output in few steps of ordinary operations, which autograd knows."""
-
-    def heads(x: Tensor) -> Tensor:
-        return flat(x).transpose(1, 2)
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        scores = query @ key.mT
-        if bias is not None:  # in place in what is no view: autograd copies nothing
-            scores.add_(bias.to(query.dtype))
-        return scores.softmax(-1) @ value
-
-    agents = heads(agent * scale)
-    gathered = attend(agents, heads(key), heads(value), agent_bias)
-    output = attend(heads(query), agents, gathered, query_bias).transpose(1, 2)
+    q, k, v, a = (flat(x).transpose(1, 2) for x in (query, key, value, agent))
+    if query.dtype == torch.float32 and not training and query.shape[-1] == value.shape[-1]:
+        attend = functools.partial(_fused, scale=scale)
+    else:
+        attend, a = _attended, a * scale
+    output = attend(q, a, attend(a, k, v, agent_bias), query_bias).transpose(1, 2)
     return output.contiguous().view(*query.shape[:-1], value.shape[-1])
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, scale: float
+) -> Tensor:
+    mask = None if bias is None else bias.to(query.dtype)[None]
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    scores = query @ key.mT
+    if bias is not None:  # in place in what is no view: autograd copies nothing
+        scores.add_(bias.to(query.dtype))
+    return scores.softmax(-1) @ value
 
 
 def forward(

@@ -17,6 +17,8 @@ from vitarium.ops import (
     agent_portable,
 )
 
+NONE, ALL = ((0, 0), (0, 0)), ((1 << 40, 1 << 40), (1 << 40, 1 << 40))
+
 
 def test_as_many_agents_as_tokens_with_biases_that_single_them_out() -> None:
     """Agents that attend to one key each, and queries that all read from one agent."""
@@ -33,7 +35,7 @@ def test_as_many_agents_as_tokens_with_biases_that_single_them_out() -> None:
 def test_weights_are_kept_or_computed_again(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bands of queries, several images at once or one at a time: the same gradients."""
     monkeypatch.setattr(agent_portable, "KEPT_BYTES", kept)
-    monkeypatch.setattr("vitarium.ops.agent.SMALL_TRAINING", (0, 0))
+    monkeypatch.setattr("vitarium.ops.agent.SMALL_TRAINING", NONE)
     shapes = [(3, 130, 2, 8)] * 3 + [(3, 4, 2, 8), (2, 4, 130), (2, 130, 4)]
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
@@ -50,6 +52,24 @@ def test_weights_are_kept_or_computed_again(kept: int, monkeypatch: pytest.Monke
         monkeypatch.setattr(agent_portable, "CPU_SCORES", (scores, scores))
         for ours, exact in zip(run("torch"), expected):
             torch.testing.assert_close(ours, exact)
+
+
+@pytest.mark.parametrize("small", [NONE, ALL], ids=["piece by piece", "at once"])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("value_dim", [8, 5])
+def test_inference_takes_either_way(small, dtype, error, value_dim, monkeypatch) -> None:
+    monkeypatch.setattr("vitarium.ops.agent.SMALL", small)
+    query, key, agent = (torch.randn(3, n, 2, 8, dtype=torch.float64) for n in (35, 20, 6))
+    value = torch.randn(3, 20, 2, value_dim, dtype=torch.float64)
+    hidden = torch.rand(2, 6, 20).ge(0.7).index_fill(2, torch.tensor(3), False)
+    agent_bias = torch.randn(2, 6, 20, dtype=torch.float64).masked_fill(hidden, -torch.inf)
+    query_bias = torch.randn(2, 35, 6, dtype=torch.float64)
+    biases = {"agent_bias": agent_bias, "query_bias": query_bias}
+    expected = agent_attention(query, key, value, agent, **biases, backend="reference")
+    given = [tensor.to(dtype) for tensor in (query, key, value, agent)]
+    found = agent_attention(*given, **biases)
+    assert found.dtype == dtype and found.is_contiguous()
+    assert (found.double() - expected).abs().max() <= error * expected.abs().max()
 
 
 def test_errors() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,6 +10,7 @@ from dataclasses import dataclass, field
 from vitarium.benchmarks import report
 from vitarium.benchmarks.mixers import OURS
 from vitarium.benchmarks.record import Record
+from vitarium.benchmarks.scaling import Power, power
 from vitarium.benchmarks.testbed_views import kind_of
 
 _POINTS = 3  # at least: two always lie on a line
@@ -34,13 +33,9 @@ class Curve:
     points: list[tuple[float, float]]
 
     @property
-    def exponent(self) -> float:
-        """p such that time grows with the size to the power of p.
-
-        The slope of the least-squares line through the logarithms.
-        """
-        x, y = ([math.log(value) for value in values] for values in zip(*self.points))
-        return statistics.linear_regression(x, y).slope
+    def power(self) -> Power:
+        """By which power of the size the time grows."""
+        return power(self.points)
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,7 @@ def panels(records: Iterable[Record]) -> list[Panel]:
             )
             found.setdefault((title, size), Panel(title, size)).curves.append(curve)
     for panel in found.values():
-        panel.curves.sort(key=lambda curve: curve.exponent)
+        panel.curves.sort(key=lambda curve: curve.power.exponent)
     return list(found.values())
 
 

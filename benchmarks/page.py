@@ -148,7 +148,7 @@ def _panel_data(panel: growth.Panel) -> dict[str, Any]:
             {
                 "name": curve.name,
                 "group": curve.group,
-                "exponent": round(curve.exponent, 2),
+                "exponent": str(curve.power),
                 "points": [[size, float(f"{1e3 * s:.5g}")] for size, s in curve.points],
             }
             for curve in panel.curves

@@ -260,11 +260,14 @@ def draw(place: Place, seconds: float) -> Outcome:
 
 
 def write_page(place: Place, seconds: float) -> Outcome:
-    """All records of the folder as one page, with the kernel sheet where it is at hand."""
+    """All records of the folder as one page, with an atlas, and the kernel sheet if it is there."""
     records = [path for name in RECORDS.values() if (path := place.folder / name).exists()]
     kernels = _ROOT / "benchmarks" / "results" / "kernels.json"
     write_report(
-        records, place.folder / "report.html", kernels=kernels if kernels.exists() else None
+        records,
+        place.folder / "report.html",
+        kernels=kernels if kernels.exists() else None,
+        atlas=not place.rehearsal,
     )
     return Outcome()
 

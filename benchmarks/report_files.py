@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import os
@@ -10,9 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vitarium.benchmarks import atlas as atlas_of
 from vitarium.benchmarks import (
+    atlas_picture,
     comparisons,
     growth,
+    kernel_sheet,
     page,
     pareto,
     plot,
@@ -35,6 +39,7 @@ def write_report(
     *,
     kernels: str | os.PathLike[str] | None = None,
     images: Sequence[str | os.PathLike[str]] = (),
+    atlas: bool = False,
 ) -> None:
     """Write a report of records, whole or not at all.
 
@@ -44,6 +49,7 @@ def write_report(
             tables, `.png` or `.svg` for a picture of accuracy over latency.
         kernels: kernel sheet, see `read_sheet`; for page and tables.
         images: pictures for the page.
+        atlas: draw one of all mixers for the page, with the growth that the records tell.
 
     Raises:
         ValueError: the suffix is another one, a file holds no records, or there is nothing to draw.
@@ -53,12 +59,15 @@ def write_report(
     check_output(output)
     found = read_records(records)
     sheet = [] if kernels is None else read_sheet(kernels)
+    everything = [r for part in found.values() for r in part]
     if output.suffix == ".html":
-        write_text(output, page.page(found, kernels=sheet, images=[Path(p) for p in images]))
+        with tempfile.TemporaryDirectory() as folder:
+            pictures = [*map(Path, images), *([_atlas(everything, folder)] if atlas else [])]
+            write_text(output, page.page(found, kernels=sheet, images=pictures))
     elif output.suffix == ".md":
-        write_text(output, markdown([r for part in found.values() for r in part], sheet))
+        write_text(output, markdown(everything, sheet))
     else:
-        _write_picture([r for part in found.values() for r in part], output)
+        _write_picture(everything, output)
 
 
 def check_output(output: Path) -> None:
@@ -105,7 +114,9 @@ def read_records(paths: Sequence[str | os.PathLike[str]]) -> dict[str, list[Reco
 
 
 def read_sheet(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a kernel sheet: JSON, a list of objects, or an object of `columns` and `rows`.
+    """The rows of a kernel sheet, with what follows from them; or of any table in JSON.
+
+    Such a table is a list of objects, or an object of `columns` and `rows`.
 
     Raises:
         ValueError: it is something else.
@@ -113,6 +124,8 @@ def read_sheet(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
     path = Path(path)
     _check_file(path)
+    with contextlib.suppress(ValueError):
+        return kernel_sheet.read(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
@@ -169,6 +182,13 @@ def _write_picture(records: Sequence[Record], output: Path) -> None:
         picture = Path(folder, output.name)
         _draw(records, picture)
         write_atomic(output, lambda temporary: temporary.write_bytes(picture.read_bytes()))
+
+
+def _atlas(records: Sequence[Record], folder: str) -> Path:
+    path = Path(folder, "What every mixer reads.png")
+    grown = atlas_of.scaling_records(records)
+    atlas_picture.draw(atlas_of.entries(records=grown), path, grown)
+    return path
 
 
 def _draw(records: Sequence[Record], path: Path) -> None:

@@ -70,8 +70,12 @@ _RECORD_COLUMNS = [
     Column("samples", numeric=True),
     Column("images/s", numeric=True),
     Column("memory, MiB", numeric=True),
+    Column("resident memory, MiB", numeric=True),
     Column("params, M", numeric=True),
     Column("GFLOPs", numeric=True),
+    Column("activations, M", numeric=True),
+    Column("operations per byte", numeric=True),
+    Column("of the roofline, %", numeric=True),
     Column("accuracy, %", numeric=True),
     Column("failure"),
     Column("processor", filtered=True),
@@ -96,8 +100,12 @@ def record_table(records: Mapping[str, Sequence[Record]]) -> Table:
             str(len(r.samples.get(r.clock, ()))),
             three_digits(r.throughput),
             _scaled(r.peak_memory, 2**20),
+            _scaled(r.resident_memory, 2**20),
             _scaled(r.params, 1e6),
             _scaled(r.macs, 1e9),
+            _scaled(r.activations, 1e6),
+            three_digits(r.intensity),
+            _scaled(r.roofline, 1e-2),
             "" if r.accuracy is None else f"{100 * r.accuracy:.2f}",
             r.failure or "",
             r.machine.processor,
@@ -139,7 +147,7 @@ def _value(point: pareto.Point, axis: str) -> str:
 
 
 def panel_table(panel: growth.Panel) -> Table:
-    """A row per curve: the exponent, and the time at every size."""
+    """A row per curve: the exponent, with half of its 95 % interval, and the time at every size."""
     sizes = sorted({x for curve in panel.curves for x, _ in curve.points})
     columns = [Column("name"), Column("of"), Column("exponent", numeric=True)]
     columns += [Column(f"{size:,.0f} {panel.size}, ms", numeric=True) for size in sizes]
@@ -147,7 +155,7 @@ def panel_table(panel: growth.Panel) -> Table:
     for curve in panel.curves:
         medians = dict(curve.points)
         times = [_scaled(medians.get(size), 1e-3) for size in sizes]
-        rows.append([curve.name, curve.note or curve.group, f"{curve.exponent:.2f}", *times])
+        rows.append([curve.name, curve.note or curve.group, str(curve.power), *times])
     return Table(columns, rows)
 
 

@@ -21,8 +21,12 @@ def parser() -> ArgumentParser:
         "--kernels", metavar="SHEET", type=str | None, default=None, help="kernel sheet, JSON"
     )
     parser.add_argument(
+        "--atlas", action="store_true",
+        help="a picture of what every mixer reads and how its time grows, for the page",
+    )  # fmt: skip
+    parser.add_argument(
         "--images", metavar="PICTURE", type=str, nargs="+", default=[],
-        help="pictures that the page shows, such as a mixer atlas",
+        help="further pictures for the page",
     )  # fmt: skip
     return parser
 
@@ -32,5 +36,11 @@ def run(config: Namespace) -> None:
 
     if Path(config.output).suffix not in SUFFIXES:
         raise ArgumentError(None, f"--output {config.output} must end in {', '.join(SUFFIXES)}")
-    write_report(config.records, config.output, kernels=config.kernels, images=config.images)
+    write_report(
+        config.records,
+        config.output,
+        kernels=config.kernels,
+        images=config.images,
+        atlas=config.atlas,
+    )
     print(config.output)

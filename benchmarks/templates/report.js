@@ -169,7 +169,7 @@ function growth() {
       height: 540, room: 130, marks: [],
       lines: [...slopes, ...[...panel.curves].sort((a, b) => a.points.at(-1)[1] - b.points.at(-1)[1]).map(c => ({
         points: c.points, className: "curve", style: groups.indexOf(c.group), name: c.name, named: true,
-        texts: [c.group, `exponent ${c.exponent.toFixed(2)}`,
+        texts: [c.group, `exponent ${c.exponent}`,
           `${short(c.points[0][1])} ms at ${short(c.points[0][0])} ${panel.size}`,
           `${short(c.points.at(-1)[1])} ms at ${short(c.points.at(-1)[0])} ${panel.size}`],
       }))],

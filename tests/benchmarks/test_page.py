@@ -286,7 +286,7 @@ def test_peers_and_growth(opened):
             tab.locator("#growth tbody td.number:nth-child(3)").all_inner_texts(),
         )
     )
-    assert exponents == {"window": "1.00", "global": "2.00"}
+    assert exponents == {"window": "1.00 ±0.00", "global": "2.00 ±0.00"}
     tab.locator("#growth tbody tr", has_text="global").hover()
     assert tab.get_attribute("#curves .item.on", "data-name") == "global"
 

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from vitarium.benchmarks import comparisons, growth, page, pareto, plot, record, report_tables
+from vitarium.benchmarks import (
+    atlas,
+    comparisons,
+    growth,
+    page,
+    pareto,
+    plot,
+    record,
+    report_tables,
+)
 from vitarium.benchmarks.record import Machine, Record
 from vitarium.benchmarks.report_files import markdown, read_records, read_sheet, write_report
 from vitarium.cli.main import main
@@ -104,9 +113,9 @@ def test_curves_are_of_three_sizes_that_differ_in_nothing_else():
     tokens, images = growth.panels(records)
     (curve,) = tokens.curves
     assert (curve.name, curve.note, curve.group) == ("window", "32 channels", "local")
-    assert curve.exponent == pytest.approx(2)  # time by the square of tokens
+    assert curve.power.exponent == pytest.approx(2)  # time by the square of tokens
     assert [x for x, _ in curve.points] == [64, 256, 1024]
-    assert images.size == "images" and images.curves[0].exponent == pytest.approx(1)
+    assert images.size == "images" and images.curves[0].power.exponent == pytest.approx(1)
 
 
 def test_points_join_modes_and_know_accuracies_at_the_published_size():
@@ -243,3 +252,18 @@ def test_sheets_are_objects_or_columns_and_rows(tmp_path):
     for text in ('[{"kernel": "a"}]', '{"schema": 1, "columns": ["kernel"], "rows": [["a"]]}'):
         path.write_text(text)
         assert read_sheet(path) == [{"kernel": "a"}]
+    (first, *others) = read_sheet(Path(__file__).parents[2] / "benchmarks/results/kernels.json")
+    assert 0 < first["occupancy"] <= 1 and first["bound_tflops"] > 0 and len(others) > 100
+
+
+def test_the_page_has_an_atlas_if_asked_for(tmp_path, monkeypatch):
+    entries = atlas.entries
+    monkeypatch.setattr(atlas, "entries", lambda records: entries(["window", "linear"], records))
+    records, output = tmp_path / "records.jsonl", tmp_path / "report.html"
+    record.append(records, [made(0.1, resident_memory=3 << 20, roofline=0.5)])
+    assert main(["bench", "report", str(records), "--atlas", "-o", str(output)]) == 0
+    text = output.read_text(encoding="utf-8")
+    assert text.count("data:image/png;base64,") == 1 and "What every mixer reads" in text
+    assert "of the roofline, %" in text and "resident memory, MiB" in text
+    assert main(["bench", "report", str(records), "-o", str(output)]) == 0
+    assert "data:image/png" not in output.read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentError
 
+from accelerate import PartialState
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
@@ -39,9 +40,11 @@ def run(config: Namespace) -> int:
     except ConfigError as error:
         raise ArgumentError(None, str(error)) from None
     except Interrupted as interruption:
-        Console(stderr=True).print(str(interruption), highlight=False, soft_wrap=True)
+        if PartialState().is_main_process:
+            Console(stderr=True).print(str(interruption), highlight=False, soft_wrap=True)
         return 128 + interruption.signum
-    print_result(result, console)
+    if PartialState().is_main_process:
+        print_result(result, console)
     return 0
 
 

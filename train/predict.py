@@ -55,7 +55,7 @@ def predict(
     """
     model, description = load_model(checkpoint)
     require_classifier(description.config, checkpoint)
-    accelerator = create_accelerator(device, description.config.precision)
+    accelerator = create_accelerator(device, description.config.precision, of_run=True)
     model.to(accelerator.device)
     inputs, transform = description.input, description.input.transform()
     paths = [Path(image) for image in images]

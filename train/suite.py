@@ -202,6 +202,7 @@ def evaluate_suite(
     accelerator = create_accelerator(
         device or (run.device if run is not None else "auto"),
         precision or (run.precision if run is not None else "no"),
+        of_run=precision is None,
     )
     options = {
         "batch_size": batch_size or (run.batch_size if run is not None else 128),

@@ -50,13 +50,17 @@ def work(rank: int, port: int, call: str, arguments: dict[str, Any], errors: Any
     torch.distributed.destroy_process_group()
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def two_processes(call: str, **arguments: Any) -> dict[int, str]:
     """Run in two processes; the errors that they ended with, by process."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["vitarium.train.loop", "vitarium.train.model_card"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     errors = server.SimpleQueue()
     jobs = [server.Process(target=work, args=(r, port, call, arguments, errors)) for r in (0, 1)]
     for job in jobs:
@@ -136,6 +140,14 @@ def test_an_error_of_one_process_ends_the_job(config, tmp_path: Path) -> None:
     assert all("holds a run already" in message for message in errors.values())
 
 
+def torchrun(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *arguments],
+        cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
 PLANTED = """
 import os, sys
 from vitarium.train import TrainConfig, loop
@@ -163,17 +175,47 @@ def test_a_process_that_dies_ends_the_job(config, tmp_path: Path, how, shown) ->
     """Under `torchrun`, which shows the error; the last state is whole."""
     (tmp_path / "planted.py").write_text(PLANTED.format(how=how))
     (tmp_path / "recipe.yaml").write_text(halved(config).to_yaml())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=2", "planted.py", "recipe.yaml", "run"]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert ended.returncode == 1
-    assert shown in ended.stderr
+    options = ["--standalone", "--nproc-per-node=2"]
+    with torchrun(tmp_path, *options, "planted.py", "recipe.yaml", "run") as job:
+        _, errors = job.communicate(timeout=240)
+    assert job.returncode == 1
+    assert shown in errors
     state, damaged = load_newest_state(tmp_path / "run")
     assert not damaged
     assert state is not None and state["step"] == 4
+
+
+SIGNALLED = """
+import os, signal, sys
+from vitarium.cli.main import main
+from vitarium.train import loop
+
+def step(run, images, targets, step=loop._Run._train_step):
+    if run.step == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    step(run, images, targets)
+
+loop._Run._train_step = step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_two_machines_stop_at_the_signal_of_one_and_one_goes_on(alone, config, tmp_path) -> None:
+    """What is printed is printed once."""
+    (tmp_path / "signalled.py").write_text(SIGNALLED)
+    (tmp_path / "recipe.yaml").write_text(halved(config).to_yaml())
+    place = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
+    place += [f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
+    command = ["signalled.py", "train", "--config", "recipe.yaml", "--output", "run"]
+    machines = [torchrun(tmp_path, *place, f"--node-rank={rank}", *command) for rank in (0, 1)]
+    errors = [machine.communicate(timeout=240)[1] for machine in machines]
+    assert all(machine.returncode for machine in machines)
+    assert "".join(errors).count("interrupted by SIGTERM") == 1
+    options = ["--standalone", "--nproc-per-node=2", "-m", "vitarium.cli.main"]
+    with torchrun(tmp_path, *options, "train", "--resume", "run") as job:
+        output, _ = job.communicate(timeout=240)
+    assert job.returncode == 0 and output.count("written to run") == 1
+    assert_close(tmp_path / "run", alone)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(alone, config, tmp_path: Path) -> None:

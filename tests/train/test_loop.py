@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from vitarium.train import Interrupted, TrainConfig, evaluate, resume, train
 from vitarium.train.checkpoint import load_training_state, state_paths
 from vitarium.train.config import OptimizerConfig
+from vitarium.train.evaluate import create_accelerator
 from vitarium.train.loop import _Run
 
 EPOCHS, STEPS_PER_EPOCH = 3, 3  # of `tiny_config`
@@ -168,6 +169,26 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert [step for step, _, _ in batches] == list(range(EPOCHS * STEPS_PER_EPOCH))
     for (_, images, targets), (_, expected_images, expected_targets) in zip(batches, all_batches):
         assert torch.equal(images, expected_images) and torch.equal(targets, expected_targets)
+
+
+@posix_signals
+def test_mixed_precision_goes_on_to_the_same_bits(
+    whole, tiny_config: TrainConfig, tmp_path: Path, monkeypatch
+) -> None:
+    config = dataclasses.replace(tiny_config, precision="bf16")
+    expected = train(config, output=tmp_path / "whole").folder
+    with monkeypatch.context() as patch:
+        send_at_step(patch, 4, signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            train(config, output=tmp_path / "run")
+    assert_same_run(expected, resume(tmp_path / "run").folder)
+    half, full = (load_file(run / "last.safetensors") for run in (expected, whole[0]))
+    differences = [(half[name] - full[name]).abs().max() for name in half]
+    assert 1e-6 < max(differences) < 0.1
+
+
+def test_a_run_in_half_precision_of_a_gpu_serves_on_a_cpu() -> None:
+    assert create_accelerator("cpu", "fp16", of_run=True).mixed_precision == "no"
 
 
 @posix_signals

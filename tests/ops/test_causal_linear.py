@@ -15,10 +15,12 @@ from vitarium.ops import (
 )
 from vitarium.ops.causal_chunks import CHUNK
 
+# As the official code rounds exponents, there is no recurrent form.
+EXACT = {"float32_exponents": False}
 MIXERS = [
     ("retention", {"num_heads": 2}),
-    ("lightning", {"num_heads": 3, "norm_type": "simplermsnorm", "layer_idx": 1, "num_layers": 2}),
-    ("lightning", {"num_heads": 2, "bias": True}),
+    ("lightning", {"num_heads": 3, "norm_type": "simplermsnorm", "num_layers": 2, **EXACT}),
+    ("lightning", {"num_heads": 2, "bias": True, **EXACT}),
 ]
 
 

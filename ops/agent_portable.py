@@ -152,7 +152,8 @@ def small(
     if query.dtype == torch.float32 and not training and query.shape[-1] == value.shape[-1]:
         attend = functools.partial(_fused, scale=scale)
     else:
-        attend, a = _attended, a * scale
+        one = len(query) == 1 and agent_bias is not None and query_bias is not None
+        attend, a = _of_one if one else _attended, a * scale
     output = attend(q, a, attend(a, k, v, agent_bias), query_bias).transpose(1, 2)
     return output.contiguous().view(*query.shape[:-1], value.shape[-1])
 
@@ -162,6 +163,12 @@ def _fused(
 ) -> Tensor:
     mask = None if bias is None else bias.to(query.dtype)[None]
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+
+
+def _of_one(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Of one image, whose matrices are no batches of batches: the product adds to the bias."""
+    q, k, v = (x.squeeze(0) for x in (query, key, value))
+    return (torch.baddbmm(bias.to(q.dtype), q, k.mT).softmax(-1) @ v).unsqueeze(0)
 
 
 def _attended(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:

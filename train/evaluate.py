@@ -21,21 +21,20 @@ from vitarium.train.images import BrokenImages
 from vitarium.train.metrics import Evaluation, Predictions
 
 
-def create_accelerator(device: str, precision: str, *, of_run: bool = False) -> Accelerator:
-    """Accelerate's view of the device ("auto" or "cpu"), the processes and the precision.
+def precision_here(device: str, precision: str) -> str:
+    """The precision, or "no" for "fp16" where there is only a CPU, as after training on a GPU."""
+    on_cpu = device == "cpu" or not torch.accelerator.is_available()
+    return "no" if precision == "fp16" and on_cpu else precision
 
-    Args:
-        device, precision: as in `TrainConfig`.
-        of_run: the precision is that of a training, which may have been on another device: where
-            there is none of it, float32 takes its place.
+
+def create_accelerator(device: str, precision: str) -> Accelerator:
+    """Accelerate's view of the device ("auto" or "cpu"), the processes and the precision.
 
     Raises:
         ValueError: "fp16" on a CPU, which accelerate would silently compute in float32.
     """
-    if precision == "fp16" and (device == "cpu" or not torch.accelerator.is_available()):
-        if not of_run:
-            raise ValueError("precision='fp16' needs a GPU; allowed on a CPU are 'no' and 'bf16'")
-        precision = "no"
+    if precision_here(device, precision) != precision:
+        raise ValueError(f"{precision=} needs a GPU; allowed on a CPU are 'no' and 'bf16'")
     # Accelerate keeps one state per process and refuses another precision or device after that.
     if AcceleratorState._shared_state:
         state = AcceleratorState()

@@ -19,7 +19,7 @@ import platform
 import signal
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from vitarium.train import distribution, setup
 from vitarium.train.bad_batch import BadBatch, save_bad_batch
 from vitarium.train.config import TrainConfig
 from vitarium.train.data import STEP, EpochBatches, batches, load_data, seed_all
-from vitarium.train.evaluate import create_accelerator, torch_threads
+from vitarium.train.evaluate import create_accelerator, precision_here, torch_threads
 from vitarium.train.images import BrokenDataError
 from vitarium.train.interrupt import Interrupted, StopRequest, stop_on_signal
 from vitarium.train.meter import Meter
@@ -96,7 +96,7 @@ def train(
     def claim() -> Path:
         name = f"{config.data.partition(':')[0]}-{config.model}"
         folder = files.claim_folder(output, name)
-        files.write_text(folder / "config.yaml", config.to_yaml())
+        files.write_text(folder / "config.yaml", run.config.to_yaml())
         return folder
 
     run.folder = distribution.on_main(run.accelerator, claim)
@@ -125,7 +125,7 @@ def resume(folder: Path | str, *, console: Console | None = None) -> RunResult:
     state, damaged = files.load_newest_state(folder)
     run = _Run(config, state)
     run.folder = folder
-    run.warnings = [f"{message}; going on from the state before it" for message in damaged]
+    run.warnings += [f"{message}; going on from the state before it" for message in damaged]
     if state is not None:  # else it was stopped before the first one
         run.load(state)
     distribution.on_main(run.accelerator, lambda: files.remove_temporary(folder))
@@ -140,7 +140,12 @@ class _Run:
     def __init__(self, config: TrainConfig, state: dict[str, Any] | None = None) -> None:
         if config.tracking == "wandb":
             import_wandb()  # before anything is written
-        self.accelerator = create_accelerator(config.device, config.precision)
+        self.warnings: list[str] = []
+        precision = precision_here(config.device, config.precision)
+        if precision != config.precision:
+            self.warnings.append("precision fp16 needs a GPU; on this CPU it is float32")
+            config = replace(config, precision=precision)
+        self.accelerator = create_accelerator(config.device, precision)
         self.sharded = config.distributed == "fsdp2" and self.accelerator.num_processes > 1
         if state is not None:
             config = setup.share_batch(config, state, self.accelerator.num_processes)
@@ -175,7 +180,6 @@ class _Run:
         self.step, self.evaluated_step = 0, 0
         self.seconds = 0.0
         self.history: list[dict[str, Any]] = []
-        self.warnings: list[str] = []  # of what was found when resuming
         self.request = StopRequest()
         self.watch = StepWatch(self.accelerator.num_processes, self._refuse)
         self.meter = Meter(self.accelerator.device, self.accelerator.num_processes)

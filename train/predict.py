@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitarium.train.checkpoint import load_model
 from vitarium.train.data import read_image
-from vitarium.train.evaluate import create_accelerator
+from vitarium.train.evaluate import create_accelerator, precision_here
 from vitarium.train.task import require_classifier
 
 
@@ -55,7 +55,8 @@ def predict(
     """
     model, description = load_model(checkpoint)
     require_classifier(description.config, checkpoint)
-    accelerator = create_accelerator(device, description.config.precision, of_run=True)
+    precision = precision_here(device, description.config.precision)
+    accelerator = create_accelerator(device, precision)
     model.to(accelerator.device)
     inputs, transform = description.input, description.input.transform()
     paths = [Path(image) for image in images]

@@ -17,7 +17,13 @@ from torch import nn
 from vitarium.train import imagenet
 from vitarium.train.config import SourceConfig, nearest
 from vitarium.train.data import InputConfig, Split, load_data
-from vitarium.train.evaluate import create_accelerator, numbered_loader, score, torch_threads
+from vitarium.train.evaluate import (
+    create_accelerator,
+    numbered_loader,
+    precision_here,
+    score,
+    torch_threads,
+)
 from vitarium.train.imagenet import CorruptionErrors, TestSet
 from vitarium.train.images import BrokenImages
 from vitarium.train.metrics import Evaluation, Predictions
@@ -199,11 +205,10 @@ def evaluate_suite(
         data = [run.data]
     for source in data:
         _check_scheme(source)
-    accelerator = create_accelerator(
-        device or (run.device if run is not None else "auto"),
-        precision or (run.precision if run is not None else "no"),
-        of_run=precision is None,
-    )
+    device = device or (run.device if run is not None else "auto")
+    if precision is None:
+        precision = precision_here(device, run.precision) if run is not None else "no"
+    accelerator = create_accelerator(device, precision)
     options = {
         "batch_size": batch_size or (run.batch_size if run is not None else 128),
         "workers": workers if workers is not None else (run.workers if run is not None else 4),

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from vitarium.train import Interrupted, TrainConfig, evaluate, resume, train
 from vitarium.train.checkpoint import load_training_state, state_paths
 from vitarium.train.config import OptimizerConfig
-from vitarium.train.evaluate import create_accelerator
 from vitarium.train.loop import _Run
 
 EPOCHS, STEPS_PER_EPOCH = 3, 3  # of `tiny_config`
@@ -187,8 +187,17 @@ def test_mixed_precision_goes_on_to_the_same_bits(
     assert 1e-6 < max(differences) < 0.1
 
 
-def test_a_run_in_half_precision_of_a_gpu_serves_on_a_cpu() -> None:
-    assert create_accelerator("cpu", "fp16", of_run=True).mixed_precision == "no"
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_half_precision_of_gpus_is_float32_on_a_cpu_and_said_so(
+    whole, tiny_config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(tiny_config, precision="fp16")
+    run = train(config, output=tmp_path / "run", console=Console()).folder
+    assert "warning: precision fp16 needs a GPU" in capsys.readouterr().out
+    assert "precision: 'no'" in (run / "config.yaml").read_text()
+    assert_same_run(whole[0], run)
+    with pytest.raises(ValueError, match="precision='fp16' needs a GPU"):
+        evaluate(run, precision="fp16")
 
 
 @posix_signals

@@ -178,7 +178,8 @@ def _portable(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
     """What is fastest; of one image, whose matrices are not copied, ordinary operations are."""
     if dispatch.plain_aten():
         return _reference(query, key, value, scale)
-    if not query.is_cpu or query.shape[0] > 1 or torch.compiler.is_compiling():
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if recorded or not query.is_cpu or query.shape[0] > 1:
         return _OPERATION(query, key, value, scale, fused=False)
     q, k, v = _by_head(query), _by_head(key), _by_head(value)
     mixed = v @ _weights(q, k, scale).to(v.dtype).mT

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import auto_augment, create_transform
 from timm.data.loader import fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -105,6 +105,18 @@ class InputConfig:
         """Images `(B, 3, H, W)` of uint8 as the model takes them."""
         mean, std = (images.new_tensor(v, dtype=torch.float32) * 255 for v in (self.mean, self.std))
         return (images - mean[:, None, None]) / std[:, None, None]
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """timm's; of no bits a black image, as before Pillow 13, which raises."""
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return auto_augment.posterize(image, bits_to_keep)
+
+
+# RandAugment keeps no bits at its highest magnitude, which the recipes of most papers reach.
+for _name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
+    auto_augment.NAME_TO_OP[_name] = _posterize
 
 
 def random_erasing(augment: AugmentConfig, device: torch.device) -> Callable[[Tensor], Tensor]:

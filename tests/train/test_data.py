@@ -106,3 +106,14 @@ def test_images_of_every_mode_are_read_as_rgb(tmp_path: Path) -> None:
         Image.new(mode, (5, 7)).save(tmp_path / f"{mode}.png")
         image = read_image(tmp_path / f"{mode}.png")
         assert (image.mode, image.size) == ("RGB", (5, 7))
+
+
+def test_the_strongest_augmentation_of_recipes_takes_every_image() -> None:
+    """RandAugment keeps no bits of some, which Pillow refuses since 13."""
+    augment = AugmentConfig(auto_augment="rand-m10-n9-inc1-p1.0")
+    transform = InputConfig((16, 16), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0).transform(augment)
+    image = Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3))
+    seed_all(0)
+    varied = [transform(image) for _ in range(60)]
+    assert all(np.asarray(each).shape == (3, 16, 16) for each in varied)
+    assert any(not np.asarray(each).any() for each in varied)

@@ -103,7 +103,9 @@ class LeanBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         x, mixed = self._attend(x)
-        x = x + self.drop_path1(mixed)
+        return self.fed(x + self.drop_path1(mixed))
+
+    def _fed(self, x: Tensor) -> Tensor:
         return x + self.drop_path2(self._recomputed(self._feed_forward, x))
 
 

@@ -33,8 +33,8 @@ class TokenBlock(Block):
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
         """`(B, 1 + H * W, C)` of tokens of that shape, the class token first; `size` is (H, W)."""
-        x = x + self.drop_path1(self.ls1(self.mixer.mix_tokens(self.norm1(x), size)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        mixed = self.mixer.mix_tokens(self.norm1(x), size)
+        return self.fed(x + self.drop_path1(self.ls1(mixed)))
 
 
 register_notrace_module(TokenBlock)  # one node to torch.fx: its size arithmetic is Python

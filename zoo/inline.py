@@ -93,8 +93,7 @@ class MeanBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         mixed = self.mixer.mix(self.norm1(x), mean=x.mean((1, 2)))
-        x = x + self.drop_path1(self.ls1(mixed))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return self.fed(x + self.drop_path1(self.ls1(mixed)))
 
 
 def inline_cswin(

@@ -18,18 +18,16 @@ from torch import Tensor, nn
 from vitarium.ops.mixer import pad_map
 from vitarium.ops.projection import Linear, linear
 from vitarium.zoo.checkpoint import backbone_entries
-from vitarium.zoo.parts import Block, patch_stem, second_half
+from vitarium.zoo.parts import Block, in_turn, patch_stem, second_half
 from vitarium.zoo.pyramid import Pyramid
 from vitarium.zoo.registry import Published, imagenet_cfg, register_family
 
-HIDDEN_BYTES = 2**23  # of hidden maps, which are slow to come by where they are larger
+HIDDEN_BYTES = 2**22  # of hidden maps, which are slow to come by where they are larger
 
 
 @register_notrace_module  # one node to torch.fx: how it computes depends on the size
 class DepthwiseMlp(nn.Module):
     """A feed-forward network with a 3x3 depthwise convolution before its activation.
-
-    Without gradients a CPU takes large maps a few images after another.
 
     Args:
         dim: channels of a channels-last map.
@@ -47,16 +45,6 @@ class DepthwiseMlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if torch.is_grad_enabled() or x.device.type != "cpu" or traced:
-            return self._computed(x)
-        image = x.shape[1] * x.shape[2] * self.fc1.out_features * x.element_size()
-        images = max(1, HIDDEN_BYTES // image)
-        if images >= len(x):
-            return self._computed(x)
-        return torch.cat([self._computed(part) for part in x.split(images)])
-
-    def _computed(self, x: Tensor) -> Tensor:
         x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return second_half(self, x)
 
@@ -87,6 +75,11 @@ class ConvBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        modules = self.norm, self.mlp, self.drop_path
+        sizes = {"hidden_dim": self.mlp.fc1.out_features, "limit": HIDDEN_BYTES}
+        return in_turn(self._fed, x, modules, axes=1, **sizes)
+
+    def _fed(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.mlp(self.norm(x)))
 
 

@@ -1,6 +1,7 @@
 """Stems, downsamplers and blocks that families share. Maps are channels-last, `(B, H, W, C)`."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from vitarium.ops.dispatch import plain_aten
 from vitarium.ops.mixer import pad_map
 from vitarium.ops.projection import Linear, gelu_linear, linear
 
-_HIDDEN_BYTES = 2**21  # of hidden tokens that stay in a core's cache
+HIDDEN_BYTES = 2**21  # of hidden tokens that stay in a core's cache
 _WIDE = 256  # channels from which on products of few tokens lose more than that gains
 
 
@@ -103,6 +104,46 @@ class BatchNorm(nn.BatchNorm1d):
         return super().forward(input.flatten(0, -2)).unflatten(0, input.shape[:-1])
 
 
+def in_turn(
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    modules: Iterable[nn.Module],
+    *,
+    hidden_dim: int,
+    limit: int,
+    axes: int,
+) -> Tensor:
+    """`function(x)`, on a CPU without gradients of some entries of x after another.
+
+    What passes between layers then stays in cache, and new memory, which takes as long to come by
+    as a layer takes, is small.
+
+    Args:
+        function: of a channels-last map or tokens, keeps its shape, treats every entry by itself.
+        x: of any shape.
+        modules: what `function` calls. Where one trains or is watched by a hook, it gets all of x.
+        hidden_dim: channels of the widest map between layers.
+        limit: bytes of that map from which on it is made in parts, of about as many bytes.
+        axes: the axes of x that count entries, `x.shape[:axes]`.
+    """
+    # Proxies of torch.fx are no tensors.
+    if torch.is_grad_enabled() or not isinstance(x, Tensor) or not x.is_cpu or _traced():
+        return function(x)
+    parts = math.prod(x.shape[:-1]) * hidden_dim * x.element_size() // limit
+    if parts < 2 or any(map(_watched, modules)):
+        return function(x)
+    entries = x.reshape(-1, *x.shape[axes:])
+    return torch.cat([function(part) for part in entries.chunk(parts)]).view(x.shape)
+
+
+def _watched(module: nn.Module) -> bool:
+    return any(m.training or m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or plain_aten()
+
+
 def second_half(mlp: Any, x: Tensor) -> Tensor:
     """`drop2(fc2(drop1(act(x))))` of a feed-forward network whose activation is GELU.
 
@@ -122,9 +163,6 @@ def second_half(mlp: Any, x: Tensor) -> Tensor:
 class TokenwiseMlp(Mlp):
     """timm's feed-forward network; a CPU keeps one hidden map for the backward, not two.
 
-    Without gradients it takes tokens as its cache holds them: the hidden map of a first stage is
-    several times as wide as the map, and new memory for it takes as long as the products.
-
     Args:
         dim: channels of a channels-last map.
         hidden_dim: channels of the hidden layer.
@@ -136,15 +174,9 @@ class TokenwiseMlp(Mlp):
         self.fc1, self.fc2 = Linear(dim, hidden_dim), Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        traced = torch.compiler.is_compiling() or plain_aten()
-        if traced or x.device.type != "cpu":
+        if _traced() or not x.is_cpu:
             return super().forward(x)
-        tokens = max(1, _HIDDEN_BYTES // (self.fc1.out_features * x.element_size()))
-        whole = self.training or self.fc1.in_features >= _WIDE or x[..., 0].numel() < 2 * tokens
-        if torch.is_grad_enabled() or whole:
-            return second_half(self, self.fc1(x))
-        parts = x.flatten(0, -2).split(tokens)
-        return torch.cat([second_half(self, self.fc1(part)) for part in parts]).view(x.shape)
+        return second_half(self, self.fc1(x))
 
 
 for _part in (PatchConv, BatchNorm, TokenwiseMlp, Linear):
@@ -184,10 +216,22 @@ class Block(nn.Module):
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim)
-        self.mlp = mlp_layer(dim, int(dim * mlp_ratio), drop=proj_drop)
+        hidden = int(dim * mlp_ratio)
+        self.mlp = mlp_layer(dim, hidden, drop=proj_drop)
+        self._hidden = hidden if dim < _WIDE else None
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path1(self.ls1(self.mixer(self.norm1(x))))
+        return self.fed(x + self.drop_path1(self.ls1(self.mixer(self.norm1(x)))))
+
+    def fed(self, x: Tensor) -> Tensor:
+        """`x + mlp(norm(x))`, the second half of the block, of a channels-last map."""
+        if self._hidden is None or type(self.mlp) is not TokenwiseMlp:
+            return self._fed(x)
+        modules = self.norm2, self.mlp, self.ls2, self.drop_path2
+        sizes = {"hidden_dim": self._hidden, "limit": HIDDEN_BYTES}
+        return in_turn(self._fed, x, modules, axes=-1, **sizes)
+
+    def _fed(self, x: Tensor) -> Tensor:
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

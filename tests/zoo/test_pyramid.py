@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.models._manipulate import group_parameters
 from torch import nn
 
-from vitarium.zoo import Pyramid, list_models, nat
+from vitarium.zoo import Pyramid, list_models, litv2, nat, parts
 from vitarium.zoo.parts import Block, ConvDownsample, ConvStem, patch_stem
 
 
@@ -92,6 +92,54 @@ def test_norm_and_stem_stride_are_the_families():
 def test_bad_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         _pyramid(**arguments)
+
+
+# --- blocks of large maps ------------------------------------------------------------------------
+
+
+def _tokens() -> tuple[nn.Module, torch.Tensor, list[int]]:
+    """A block whose hidden map of 2600 tokens is large, a map, and the tokens of three parts."""
+    return Block(16, nn.Identity(), mlp_ratio=32), torch.randn(2, 26, 50, 16), [867, 867, 866]
+
+
+def _images() -> tuple[nn.Module, torch.Tensor, list[int]]:
+    """A block of LITv2, five images and how many are in a part."""
+    return litv2.ConvBlock(8, mlp_ratio=2), torch.randn(5, 4, 6, 8), [2, 2, 1]
+
+
+@pytest.mark.parametrize("made", [_tokens, _images])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_cpu_takes_large_maps_in_parts(made, dtype, monkeypatch):
+    """Without gradients, and where no hook would see parts."""
+    torch.manual_seed(0)
+    block, x, sizes = made()
+    block.eval().to(dtype)
+    x = x.to(dtype)
+    hidden = x[..., 0].numel() * block.mlp.fc1.out_features * x.element_size()
+    monkeypatch.setattr(parts, "HIDDEN_BYTES", hidden // 3)
+    monkeypatch.setattr(litv2, "HIDDEN_BYTES", hidden // 3)
+    seen = []
+    plain = type(block.mlp).forward
+    monkeypatch.setattr(
+        type(block.mlp), "forward", lambda self, x: (seen.append(len(x)), plain(self, x))[1]
+    )
+    whole = block(x)
+    assert seen == [len(x)]
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), whole)
+        assert seen[1:] == sizes
+        channels_first = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+        torch.testing.assert_close(block(channels_first), whole)
+        del seen[:]
+        shapes = []
+        handle = block.mlp.fc1.register_forward_hook(
+            lambda module, args, output: shapes.append(output.shape)
+        )
+        torch.testing.assert_close(block(x), whole)
+        handle.remove()
+        assert seen == [len(x)] and shapes == [(*x.shape[:-1], block.mlp.fc1.out_features)]
+        block.train()(x)
+        assert seen == [len(x)] * 2
 
 
 # --- the families --------------------------------------------------------------------------------

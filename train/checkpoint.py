@@ -355,6 +355,8 @@ def claim_folder(output: Path | str | None, default: str) -> Path:
                 "or choose another --output"
             )
         folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob(".config.yaml.*.tmp"):  # of one killed while it claimed the folder
+            path.unlink(missing_ok=True)
         return folder
     number = 1
     while True:

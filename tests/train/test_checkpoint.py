@@ -152,3 +152,11 @@ def test_runs_get_folders_of_their_own(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(FileExistsError, match="holds a run already"):
         claim_folder(taken, "unused")
     assert (taken / "config.yaml").read_text() == "epochs: 1\n"
+
+
+def test_a_folder_that_a_killed_run_was_claiming_is_claimed_again(tmp_path: Path) -> None:
+    torn, other = tmp_path / ".config.yaml.123.tmp", tmp_path / ".notes.tmp"
+    torn.write_text("epo")
+    other.write_text("a user's")
+    assert claim_folder(tmp_path, "unused") == tmp_path
+    assert not torn.exists() and other.exists()

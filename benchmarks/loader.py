@@ -27,6 +27,7 @@ from vitarium.train.data import (
     available_cores,
     batches,
     create_loader,
+    ending_workers,
     load_data,
 )
 from vitarium.train.setup import input_config
@@ -135,8 +136,9 @@ def _endless(
         len(samples), config.batch_size, config.seed, repeats=config.augment.repeats
     )
     loader = create_loader(samples, workers, batch_sampler=order)
-    for order.epoch in itertools.count():
-        yield from batches(loader, torch.device("cpu"))
+    with ending_workers(loader):
+        for order.epoch in itertools.count():
+            yield from batches(loader, torch.device("cpu"))
 
 
 def loader_table(records: Sequence[Record]) -> Table:

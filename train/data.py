@@ -9,6 +9,7 @@ whether or not the run was interrupted before.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import random
 import signal
@@ -313,7 +314,27 @@ def finishing(loader: DataLoader[Any]) -> Iterator[Any]:
     iterator = iter(loader)
     atexit.unregister(_end_workers)
     atexit.register(_end_workers)  # last, to be called before torch's own, which waits
-    yield from iterator
+    try:
+        yield from iterator
+    finally:
+        if loader.num_workers and not loader.persistent_workers:
+            iterator._shutdown_workers()
+
+
+@contextlib.contextmanager
+def ending_workers(*loaders: DataLoader[Any]) -> Iterator[None]:
+    """At its end the worker processes of these loaders end.
+
+    The garbage collector would end them too, at some time and in an order of its own: the message
+    to them may find its thread gone, they are waited for, 5 seconds each, and stay.
+    """
+    try:
+        yield
+    finally:
+        for loader in loaders:
+            iterator, loader._iterator = loader._iterator, None
+            if iterator is not None:
+                iterator._shutdown_workers()
 
 
 def available_cores() -> int:

@@ -35,7 +35,7 @@ from vitarium.train import checkpoint as files
 from vitarium.train import distribution, setup
 from vitarium.train.bad_batch import BadBatch, save_bad_batch
 from vitarium.train.config import TrainConfig
-from vitarium.train.data import STEP, EpochBatches, batches, load_data, seed_all
+from vitarium.train.data import STEP, EpochBatches, batches, ending_workers, load_data, seed_all
 from vitarium.train.evaluate import create_accelerator, precision_here, torch_threads
 from vitarium.train.images import BrokenDataError
 from vitarium.train.interrupt import Interrupted, StopRequest, stop_on_signal
@@ -212,6 +212,7 @@ class _Run:
                 Progress(console, self.epochs, self.steps_per_epoch) as progress,
                 stop_on_signal() as self.request,
                 self._tracker() as self.tracker,
+                ending_workers(self.loader, self.held_out),
             ):
                 self._log_start()
                 self.data.broken.record_in(

@@ -16,7 +16,7 @@ from torch import nn
 
 from vitarium.train import imagenet
 from vitarium.train.config import SourceConfig, nearest
-from vitarium.train.data import InputConfig, Split, load_data
+from vitarium.train.data import InputConfig, Split, ending_workers, load_data
 from vitarium.train.evaluate import (
     create_accelerator,
     numbered_loader,
@@ -287,7 +287,8 @@ def _evaluate_set(
     if broken is None:
         broken = BrokenImages(len(split.targets), SourceConfig().max_broken)
     loader = numbered_loader(split, broken, loaded.inputs, batch_size, workers, accelerator)
-    evaluation = score(network, loader, loaded.inputs, accelerator, columns=columns)
+    with ending_workers(loader):
+        evaluation = score(network, loader, loaded.inputs, accelerator, columns=columns)
     if test_set.labels is not None:
         predictions = evaluation.predictions.with_labels(test_set.labels)
         evaluation = dataclasses.replace(evaluation, predictions=predictions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -247,7 +248,10 @@ def test_killed_between_checkpoints(whole, tiny_config, tmp_path: Path, monkeypa
 def test_workers_do_not_change_the_run(whole, tiny_config: TrainConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(tiny_config, workers=2)
     result = train(config, output=tmp_path / "run")
+    assert not multiprocessing.active_children()  # nor do they wait for the garbage collector
     assert metrics(result.folder) == metrics(whole[0])
+    assert evaluate(result.folder, workers=1).correct == evaluate(whole[0]).correct
+    assert not multiprocessing.active_children()
 
 
 def test_another_seed_is_another_run(whole, tiny_config: TrainConfig, tmp_path: Path) -> None:

@@ -202,6 +202,30 @@ def describe(row: Row) -> dict[str, Any]:
     }
 
 
+def for_readers(entry: dict[str, Any]) -> dict[str, Any]:
+    """What a reader compares of an entry of `read`, under headings with units."""
+    return {
+        "operator": entry["operator"],
+        "case": entry["case"],
+        "data type": entry["dtype"],
+        "GPU": f"{entry['gpu']} ({entry['target'].removeprefix('cuda:')})",
+        "kernel": entry["kernel"],
+        "launch": entry["launch"],
+        "warps": entry["num_warps"],
+        "stages": entry["num_stages"],
+        "registers per thread": entry["registers"],
+        "spilled, bytes per thread": entry["spilled_bytes"],
+        "shared memory, KiB": entry["shared_memory_bytes"] / 1024,
+        "occupancy, %": 100 * entry["occupancy"],
+        "occupancy limited by": entry["occupancy_limited_by"],
+        "FLOP per byte": entry["operations_per_byte"],
+        "bound, TFLOP/s": entry["bound_tflops"],
+        "bound by": entry["bound_by"],
+        "tensor-core instructions": entry["tensor_core"],
+        "tiles": entry["tiles"],
+    }
+
+
 def _times(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, list) else str(value)
 

@@ -24,8 +24,10 @@ from typing import Any
 import jinja2
 
 from vitarium.benchmarks import comparisons, growth, pareto, report_tables
+from vitarium.benchmarks.atlas import letters_of
 from vitarium.benchmarks.comparisons import Comparison
 from vitarium.benchmarks.record import Record
+from vitarium.ops import MIXERS
 from vitarium.train.run_page import html_environment
 
 _IMAGE_KINDS = {
@@ -42,6 +44,7 @@ def page(
     *,
     kernels: Sequence[Mapping[str, Any]] = (),
     images: Sequence[Path] = (),
+    atlas: report_tables.Table | None = None,
 ) -> str:
     """The page's HTML.
 
@@ -50,6 +53,7 @@ def page(
         kernels: rows of a kernel sheet, their keys as columns.
         images: PNG, SVG, JPEG or WebP files, such as those of a mixer atlas, shown with their
             names.
+        atlas: what one of `images`, an atlas of mixers, shows, as a table.
 
     Raises:
         ValueError: there are no records, or an image is of another kind.
@@ -81,6 +85,8 @@ def page(
         comparisons=report_tables.comparison_table(compared) if compared else None,
         kernels=report_tables.kernel_table(kernels) if kernels else None,
         images=[(_caption(path), _address(path)) for path in images],
+        atlas=atlas,
+        letters=", ".join(f"{key} {' or '.join(of)}" for key, of in letters_of(MIXERS).items()),
         records=report_tables.record_table(records),
         places=report_tables.place_table(everything),
     )

@@ -62,8 +62,15 @@ def write_report(
     everything = [r for part in found.values() for r in part]
     if output.suffix == ".html":
         with tempfile.TemporaryDirectory() as folder:
-            pictures = [*map(Path, images), *([_atlas(everything, folder)] if atlas else [])]
-            write_text(output, page.page(found, kernels=sheet, images=pictures))
+            pictures, rows = [*map(Path, images)], None
+            if atlas:
+                grown = atlas_of.scaling_records(everything)
+                entries = atlas_of.entries(records=grown)
+                pictures.append(Path(folder, "What every mixer reads.png"))
+                atlas_picture.draw(entries, pictures[-1], grown)
+                rows = report_tables.atlas_table(entries)
+            html = page.page(found, kernels=sheet, images=pictures, atlas=rows)
+            write_text(output, html)
     elif output.suffix == ".md":
         write_text(output, markdown(everything, sheet))
     else:
@@ -125,7 +132,7 @@ def read_sheet(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(path)
     _check_file(path)
     with contextlib.suppress(ValueError):
-        return kernel_sheet.read(path)
+        return [kernel_sheet.for_readers(entry) for entry in kernel_sheet.read(path)]
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
@@ -182,13 +189,6 @@ def _write_picture(records: Sequence[Record], output: Path) -> None:
         picture = Path(folder, output.name)
         _draw(records, picture)
         write_atomic(output, lambda temporary: temporary.write_bytes(picture.read_bytes()))
-
-
-def _atlas(records: Sequence[Record], folder: str) -> Path:
-    path = Path(folder, "What every mixer reads.png")
-    grown = atlas_of.scaling_records(records)
-    atlas_picture.draw(atlas_of.entries(records=grown), path, grown)
-    return path
 
 
 def _draw(records: Sequence[Record], path: Path) -> None:

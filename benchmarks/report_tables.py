@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitarium.benchmarks import growth, pareto, record
+from vitarium.benchmarks.atlas import SIDE, Entry, formula
 from vitarium.benchmarks.comparisons import Comparison
 from vitarium.benchmarks.record import Record
 
@@ -197,6 +198,25 @@ def comparison_table(found: Sequence[Comparison]) -> Table:
                 r.machine.processor,
             ]
         )
+    return _without_empty(columns, rows)
+
+
+def atlas_table(entries: Sequence[Entry]) -> Table:
+    """What the atlas shows: a row per mixer."""
+    columns = [Column("name"), Column("attends to", filtered=True)]
+    columns += [Column(f"{verb}, of {SIDE**2}", numeric=True) for verb in ("attends", "depends")]
+    columns += [Column("exponent", numeric=True), Column("multiply-adds")]
+    rows = [
+        [
+            entry.mixer,
+            entry.kind,
+            str(int((entry.reads > 0).sum())),
+            str(int(entry.reached.sum())),
+            three_digits(entry.exponent),
+            formula(entry.mixer),
+        ]
+        for entry in entries
+    ]
     return _without_empty(columns, rows)
 
 

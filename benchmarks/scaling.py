@@ -127,7 +127,7 @@ class Power(NamedTuple):
     error: float | None
 
     def __str__(self) -> str:
-        return f"{self.exponent:.2f}" + ("" if self.error is None else f" ±{self.error:.2f}")
+        return f"{self.exponent:.2f}" + ("" if self.error is None else f" ± {self.error:.2f}")
 
 
 def power(points: Sequence[tuple[float, float]]) -> Power:

@@ -228,7 +228,11 @@ function enhance(frame) {
     chosen.push({ index, label, control });
   });
   const search = labelled(filters, "text", "input", { type: "search", placeholder: "any column" });
-  search.addEventListener("input", apply);
+  let typed;
+  search.addEventListener("input", () => {  // thousands of rows are laid out anew: not at every key
+    clearTimeout(typed);
+    typed = setTimeout(apply, 150);
+  });
   element(filters, "button", { type: "button" }, "Show all").addEventListener("click", () => {
     chosen.forEach(({ control }) => { control.value = "*"; });
     search.value = "";

@@ -208,6 +208,7 @@ def test_filters_change_what_is_shown(opened):
     filters.get_by_label("kind").select_option("=mixer")
     assert set(_names(tab, "records")) == {"window", "global"}
     filters.get_by_label("text").fill("GLOBAL 32x32")
+    tab.locator("#records .count", has_text=f"1 of {everything} rows").wait_for()
     assert _names(tab, "records") == ["global"]
     assert f"1 of {everything} rows: kind mixer" in tab.inner_text("#records .count")
     filters.get_by_role("button").click()
@@ -286,7 +287,7 @@ def test_peers_and_growth(opened):
             tab.locator("#growth tbody td.number:nth-child(3)").all_inner_texts(),
         )
     )
-    assert exponents == {"window": "1.00 ±0.00", "global": "2.00 ±0.00"}
+    assert exponents == {"window": "1.00 ± 0.00", "global": "2.00 ± 0.00"}
     tab.locator("#growth tbody tr", has_text="global").hover()
     assert tab.get_attribute("#curves .item.on", "data-name") == "global"
 

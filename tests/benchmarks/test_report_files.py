@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -253,7 +254,8 @@ def test_sheets_are_objects_or_columns_and_rows(tmp_path):
         path.write_text(text)
         assert read_sheet(path) == [{"kernel": "a"}]
     (first, *others) = read_sheet(Path(__file__).parents[2] / "benchmarks/results/kernels.json")
-    assert 0 < first["occupancy"] <= 1 and first["bound_tflops"] > 0 and len(others) > 100
+    assert 0 < first["occupancy, %"] <= 100 and first["bound, TFLOP/s"] > 0 and len(others) > 100
+    assert len(first) < 20 and {"registers per thread", "shared memory, KiB"} <= first.keys()
 
 
 def test_the_page_has_an_atlas_if_asked_for(tmp_path, monkeypatch):
@@ -265,5 +267,8 @@ def test_the_page_has_an_atlas_if_asked_for(tmp_path, monkeypatch):
     text = output.read_text(encoding="utf-8")
     assert text.count("data:image/png;base64,") == 1 and "What every mixer reads" in text
     assert "of the roofline, %" in text and "resident memory, MiB" in text
+    rows = re.findall(r"<tr>(<th scope=.row.>(?:window|linear)</th>.*)", text)
+    assert len(rows) == 2 and ">16<" in rows[0] and ">256<" in rows[1]  # 4 x 4, and the whole map
+    assert "multiply-adds" in text and "C channels" in text
     assert main(["bench", "report", str(records), "-o", str(output)]) == 0
     assert "data:image/png" not in output.read_text(encoding="utf-8")

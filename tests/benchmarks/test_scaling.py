@@ -58,7 +58,7 @@ def test_a_power_law_has_its_exponent_and_what_is_none_a_wide_interval():
     assert exact.exponent == pytest.approx(1.5) and exact.error < 1e-6
     bent = power([(n, 10 + n) for n in sizes])
     assert bent.exponent < 1 and bent.error > 0.2
-    assert str(power([(1, 1), (4, 16)])) == "2.00" and str(exact) == "1.50 ±0.00"
+    assert str(power([(1, 1), (4, 16)])) == "2.00" and str(exact) == "1.50 ± 0.00"
 
 
 def test_models_on_larger_images_and_batches(tmp_path, capsys):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vitarium.ops import dispatch
 from vitarium.ops.agent import NAME, agent_attention
 from vitarium.ops.mixer import Mixer, pad_map, qkv_heads, spread
-from vitarium.ops.projection import Linear, linear
+from vitarium.ops.projection import Linear, linear, plain
 
 Size = tuple[int, int]
 
@@ -109,14 +109,22 @@ class Agents(nn.Module):
         pooled = columns @ x
         return (rows @ pooled.flatten(2)).unflatten(2, pooled.shape[2:]).flatten(1, 2)
 
-    def agents(self, x: Tensor, query: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Pooled queries, `(B, agents, C)`, of `(B, H, W, heads, head_dim)`, projected from x.
+    def agents(self, x: Tensor, query: Tensor, layer: nn.Linear) -> Tensor:
+        """Pooled queries, `(B, agents, C)`, of `(B, H, W, heads, head_dim)`.
 
         Pooling and projecting may change places: first comes what spares work.
+
+        Args:
+            x: `(B, H, W, C)`, what the queries are made of.
+            query: the queries.
+            layer: its first outputs are the queries of x.
         """
-        if math.prod(self.agent_shape) * x.shape[-1] > x.shape[1] * x.shape[2]:
+        dim = x.shape[-1]
+        later = math.prod(self.agent_shape) * dim > x.shape[1] * x.shape[2]
+        if later or not plain(layer):
             return self.pooled(query.flatten(-2))
-        return linear(self.pooled(x), weight, bias)
+        bias = None if layer.bias is None else layer.bias[:dim]
+        return linear(self.pooled(x), layer.weight[:dim], bias)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, agent: Tensor) -> Tensor:
         """Agent attention of `(B, H, W, num_heads, head_dim)`; the agents are `(B, agents, C)`."""
@@ -251,13 +259,9 @@ class AgentAttention(Agents, Mixer, name="agent"):
             )
         self.make_agents(num_heads, agent_num, size, size, factory, agents)
 
-    def _agents(self, x: Tensor, query: Tensor) -> Tensor:
-        bias = None if self.qkv.bias is None else self.qkv.bias[: self.dim]
-        return self.agents(x, query, self.qkv.weight[: self.dim], bias)
-
     def mix(self, x: Tensor) -> Tensor:
         query, key, value = qkv_heads(self.qkv, x, self.num_heads)
-        output = self.attend(query, key, value, self._agents(x, query)).flatten(-2)
+        output = self.attend(query, key, value, self.agents(x, query, self.qkv)).flatten(-2)
         output = output + convolved(self.dwc, value.flatten(-2))
         return self.proj_drop(self.proj(output))
 
@@ -288,7 +292,7 @@ class AgentAttention(Agents, Mixer, name="agent"):
             raise ValueError(f"AgentAttention: size={size} is not that of {x.shape[1] - 1} tokens")
         query, key, value = qkv_heads(self.qkv, x, self.num_heads)
         tokens, queries = (part[:, 1:].unflatten(1, size) for part in (x, query))
-        agent = self._agents(tokens, queries).unflatten(-1, (self.num_heads, -1))
+        agent = self.agents(tokens, queries, self.qkv).unflatten(-1, (self.num_heads, -1))
         agent_bias, query_bias = self._agent_bias(size), self._query_bias(size)
         output = agent_attention(
             query,
@@ -391,7 +395,7 @@ class AgentReducedAttention(Agents, Mixer, name="agent_pvt"):
             source = self.norm(convolved(self.sr, padded))
         query = self.q(x).unflatten(-1, (self.num_heads, -1))
         key, value = self.kv(source).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
-        agent = self.agents(x, query, self.q.weight, self.q.bias)
+        agent = self.agents(x, query, self.q)
         output = self.attend(query, key, value, agent).flatten(-2)
         value = value.flatten(-2)
         if ratio > 1:

@@ -16,7 +16,7 @@ from vitarium.ops.attention import attention
 from vitarium.ops.mixer import Mixer, qkv_heads
 from vitarium.ops.mixture_of_head import HeadRouter, mixture_of_head_attention
 from vitarium.ops.position import Size, continuous_position_bias
-from vitarium.ops.projection import Linear, linear
+from vitarium.ops.projection import Linear, linear, plain
 
 TEMPERATURE = 1 / 0.24  # of cosine attention, that training starts with
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)  # of a ViT
@@ -101,6 +101,8 @@ class MultiHeadAttention(Mixer, name="attention"):
         widths = (heads * self.head_dim, 2 * heads_kv * self.head_dim)
         if context is None:
             query, key_value = self.qkv(x).split(widths, -1)
+        elif not plain(self.qkv):
+            query, key_value = self.qkv(x)[..., : widths[0]], self.qkv(context)[..., widths[0] :]
         else:
             weights = self.qkv.weight.split(widths)
             biases = (None, None) if self.qkv.bias is None else self.qkv.bias.split(widths)
@@ -357,7 +359,8 @@ class LinearNorm(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         norm = self.bn
-        if self.training or norm.running_mean is None or norm.running_var is None:
+        several = self.training or norm.running_mean is None or norm.running_var is None
+        if several or not plain(self.c) or not plain(norm, nn.BatchNorm1d):
             return norm(self.c(input).flatten(0, -2)).unflatten(0, input.shape[:-1])
         factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
         bias = norm.bias - norm.running_mean * factor
@@ -422,7 +425,10 @@ class SingleHeadAttention(Mixer, name="single_head"):
         part, rest = x.split((pdim, self.dim - pdim), -1)
         # One group: every image is normalised as a whole, whatever the order of its dimensions.
         norm = self.pre_norm
-        part = F.layer_norm(part, part.shape[1:], eps=norm.eps) * norm.weight + norm.bias
+        if plain(norm, nn.GroupNorm):
+            part = F.layer_norm(part, part.shape[1:], eps=norm.eps) * norm.weight + norm.bias
+        else:
+            part = norm(part.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         query, key, value = self.qkv(part).unsqueeze(-2).split(self.widths, -1)
         output = attention(query, key, value).squeeze(-2)
         return self.proj(torch.cat([output, rest], -1))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitarium.ops.mixer import Mixer
-from vitarium.ops.projection import Linear, linear
+from vitarium.ops.projection import Linear, linear, plain
 
 
 class FocalModulation(Mixer, name="focal"):
@@ -116,6 +116,9 @@ class FocalModulation(Mixer, name="focal"):
         """Query and context `(B, H, W, C)`, and gates `(B, H, W, focal_level + 1)`."""
         # Apart, so that the context is contiguous, which convolutions would make it.
         widths = (self.dim, self.dim, self.focal_level + 1)
+        if not plain(self.f):
+            query, context, gates = self.f(x).split(widths, -1)
+            return query, context, gates
         biases = (None,) * 3 if self.f.bias is None else self.f.bias.split(widths)
         query, context, gates = map(linear, (x,) * 3, self.f.weight.split(widths), biases)
         return query, context, gates

@@ -18,7 +18,7 @@ from vitarium.ops.linear import NAME, NORMALIZATIONS, FeatureMap, linear_attenti
 from vitarium.ops.linear_features import FEATURE_MAPS
 from vitarium.ops.mixer import Mixer, pad_map, qkv_heads
 from vitarium.ops.partition import InWindows, Pair, window_and_shift
-from vitarium.ops.projection import Linear
+from vitarium.ops.projection import Linear, plain
 
 
 def _check_heads(owner: str, dim: int, num_heads: int) -> None:
@@ -230,6 +230,9 @@ class FocusedLinearAttention(JointProjection, Mixer, name="focused_linear"):
             channels = tokens.unflatten(-1, size)
         else:
             channels = value.flatten(-2).permute(0, 3, 1, 2)
+        if not plain(self.dwc, nn.Conv2d):  # heads as images
+            found = self.dwc(channels.unflatten(1, (self.num_heads, -1)).flatten(0, 1))
+            return found.unflatten(0, (-1, self.num_heads)).flatten(1, 2).permute(0, 2, 3, 1)
         weight = self.dwc.weight.repeat(self.num_heads, 1, 1, 1)
         bias = None if self.dwc.bias is None else self.dwc.bias.repeat(self.num_heads)
         found = F.conv2d(channels, weight, bias, padding=self.dwc.padding, groups=len(weight))

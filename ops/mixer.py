@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vitarium.ops import dispatch
 from vitarium.ops.packed import joint
-from vitarium.ops.projection import linear
+from vitarium.ops.projection import linear, plain
 
 MixerSpec = str | Sequence[Any]  # "neighborhood" or ("neighborhood", {"dilation": 8})
 
@@ -380,6 +380,9 @@ def qkv_heads(
         query, key, value = parts.unbind(-3)
         return query, key, value
     dim = qkv.out_features // 3
+    if not plain(qkv):
+        key, value = qkv(context)[..., dim:].unflatten(-1, (2, num_heads, -1)).unbind(-3)
+        return qkv(x)[..., :dim].unflatten(-1, (num_heads, -1)), key, value
     bias = (None, None) if qkv.bias is None else (qkv.bias[:dim], qkv.bias[dim:])
     query = linear(x, qkv.weight[:dim], bias[0]).unflatten(-1, (num_heads, -1))
     key, value = (

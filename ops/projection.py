@@ -147,6 +147,25 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+def plain(layer: nn.Module, *types: type[nn.Module]) -> bool:
+    """Whether a layer computes what its type says of its parameters, and nobody watches it.
+
+    Only then may its parameters be used without calling it: layers of low-rank adaptation,
+    quantised and parametrised ones are of other types, and hooks would not run.
+
+    Args:
+        layer: any module.
+        types: what it may be; `Linear` or `torch.nn.Linear` if none are named.
+    """
+    hooks = (
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        layer._backward_hooks,
+        layer._backward_pre_hooks,
+    )
+    return type(layer) in (types or (Linear, nn.Linear)) and not any(hooks)
+
+
 if _ONEDNN and torch.ops.mkldnn._linear_pointwise not in flop_registry:
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)

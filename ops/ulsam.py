@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitarium.ops.mixer import Mixer
+from vitarium.ops.projection import plain
 
 
 class SubspaceAttention(Mixer, name="ulsam"):
@@ -62,14 +63,9 @@ class SubspaceAttention(Mixer, name="ulsam"):
 
     def weights(self, x: Tensor) -> Tensor:
         """The weights `(B, H, W, num_splits)`, which sum to 1 over the positions of each group."""
-        dws, point = (dict(conv.named_parameters()) for conv in (self.conv_dws, self.conv_point))
-        scaled = x * dws["weight"].flatten() + dws["bias"]
-        found = F.relu(self.bn_dws(scaled.permute(0, 3, 1, 2)))
+        found = F.relu(self.bn_dws(_grouped(self.conv_dws, x.permute(0, 3, 1, 2))))
         found = F.max_pool2d(found, 3, stride=1, padding=1)
-        # A product and a sum: grouped convolutions with one output are slow.
-        groups = found.permute(0, 2, 3, 1).unflatten(-1, (self.num_splits, -1))
-        found = (groups * point["weight"].flatten(1)).sum(-1) + point["bias"]
-        found = F.relu(self.bn_point(found.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        found = F.relu(self.bn_point(_grouped(self.conv_point, found))).permute(0, 2, 3, 1)
         return found.flatten(1, 2).softmax(1).view(found.shape)
 
     def mix(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -93,3 +89,11 @@ class SubspaceAttention(Mixer, name="ulsam"):
 
     def extra_repr(self) -> str:
         return f"num_splits={self.num_splits}"
+
+
+def _grouped(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """`conv(x)` of a 1x1 convolution with an output per group, as a product and a sum: faster."""
+    if not plain(conv, nn.Conv2d):
+        return conv(x)
+    groups = x.permute(0, 2, 3, 1).unflatten(-1, (conv.groups, -1))
+    return ((groups * conv.weight.flatten(1)).sum(-1) + conv.bias).permute(0, 3, 1, 2)

@@ -1,11 +1,12 @@
 """Fixtures that tests of several folders share."""
 
+import copy
 import json
 import lzma
 import math
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +181,59 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def parity() -> type[Parity]:
     return Parity
+
+
+class LowRank(nn.Module):
+    """A linear layer and a product of two thin ones beside it, as adapters of others put it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base
+        like = base.weight
+        self.down = nn.Parameter(torch.randn(4, base.in_features).to(like) / 8)
+        self.up = nn.Parameter(torch.randn(base.out_features, 4).to(like) / 8)
+
+    def __getattr__(self, name: str) -> Any:  # weight, bias, in_features and so on
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base_layer, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + x @ self.down.T @ self.up.T
+
+
+@pytest.fixture(scope="session")
+def adapted():
+    """Copies of a module: all of its linear layers with an adapter, and with it merged."""
+
+    def copies(module: nn.Module) -> tuple[nn.Module, nn.Module]:
+        ours, merged = copy.deepcopy(module), copy.deepcopy(module)
+        for name, layer in list(ours.named_modules()):
+            if isinstance(layer, nn.Linear):
+                adapter = LowRank(layer)
+                ours.set_submodule(name, adapter)
+                with torch.no_grad():
+                    merged.get_submodule(name).weight += adapter.up @ adapter.down
+        return ours, merged
+
+    return copies
+
+
+@pytest.fixture(scope="session")
+def unheard():
+    """The layers of some types whose hooks do not run when `call()` calls the module."""
+
+    def names(module: nn.Module, call: Callable[[], object], *types: type[nn.Module]) -> set[str]:
+        layers = {n: m for n, m in module.named_modules() if isinstance(m, types)}
+        heard: set[str] = set()
+        handles = [
+            layer.register_forward_hook(lambda *_, name=name: heard.add(name))
+            for name, layer in layers.items()
+        ]
+        call()
+        for handle in handles:
+            handle.remove()
+        return layers.keys() - heard
+
+    return names

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitarium.ops.dispatch import plain_aten
 from vitarium.ops.mixer import pad_map
-from vitarium.ops.projection import Linear, gelu_linear, linear
+from vitarium.ops.projection import Linear, gelu_linear, linear, plain
 
 HIDDEN_BYTES = 2**21  # of hidden tokens that stay in a core's cache
 _WIDE = 256  # channels from which on products of few tokens lose more than that gains
@@ -153,9 +153,9 @@ def second_half(mlp: Any, x: Tensor) -> Tensor:
         mlp: has these layers.
         x: what a layer of the network gave, which nothing else reads.
     """
-    watched = any(m._forward_hooks or m._forward_pre_hooks for m in mlp.children())
-    drops = mlp.training and mlp.drop1.p > 0
-    if watched or drops or x.device.type != "cpu" or type(mlp.fc2) is not Linear:
+    layers = plain(mlp.act, nn.GELU), plain(mlp.drop1, nn.Dropout), plain(mlp.fc2)
+    exact = all(layers) and mlp.act.approximate == "none"
+    if not exact or x.device.type != "cpu" or (mlp.training and mlp.drop1.p > 0):
         return mlp.drop2(mlp.fc2(mlp.drop1(mlp.act(x))))
     return mlp.drop2(gelu_linear(x, mlp.fc2.weight, mlp.fc2.bias, overwrite=True))
 

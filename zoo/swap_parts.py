@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitarium.ops import attention
 from vitarium.ops.mixer import qkv_heads
-from vitarium.ops.projection import linear
+from vitarium.ops.projection import linear, plain
 
 _MANY = 512  # tokens from which on scores of all pairs are too many to be written
 
@@ -21,17 +21,11 @@ def pointwise(layer: Any, x: Tensor) -> Tensor:
 
     A layer that is neither (of low-rank adaptation, quantised, with hooks) is called as it is.
     """
-    if plain(layer):
+    if plain(layer, nn.Linear, nn.Conv2d):
         return linear(x, layer.weight.flatten(1), layer.bias)
     if getattr(layer, "weight", x).dim() == 4:
         return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return layer(x)
-
-
-def plain(layer: Any, *types: type[nn.Module]) -> bool:
-    """Whether a layer is of these types, linear if none are named, and does nothing else."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-    return type(layer) in (types or (nn.Linear, nn.Conv2d)) and not hooked
 
 
 def activated(act: Any, x: Tensor) -> Tensor:
@@ -60,7 +54,7 @@ def conv_norm(layer: Any, x: Tensor) -> Tensor:
     In evaluation the two are one convolution.
     """
     conv, norm = layer
-    if norm.training or norm.running_mean is None:
+    if norm.training or norm.running_mean is None or not plain(conv, nn.Conv2d):
         return norm(conv(x))
     factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
     bias = torch.addcmul(norm.bias, norm.running_mean, factor, value=-1)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from vitarium.ops import window_attention
 from vitarium.ops.halo import halo_attention
 from vitarium.ops.mixer import qkv_heads
-from vitarium.ops.projection import linear
+from vitarium.ops.projection import linear, plain
 from vitarium.ops.window_mixers import Layout, Pair, pair
 from vitarium.zoo.swap import adapt
-from vitarium.zoo.swap_parts import plain, pointwise, split_biased, split_heads
+from vitarium.zoo.swap_parts import pointwise, split_biased, split_heads
 
 SWIN = "timm.models.swin_transformer.SwinTransformerBlock"
 SWIN_V2 = "timm.models.swin_transformer_v2.SwinTransformerV2Block"
@@ -159,7 +159,7 @@ def maxvit_heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     layer, heads = attn.qkv, attn.num_heads
     if not attn.head_first:
         return split_heads(layer, x, heads)
-    if not plain(layer) or x.numel() < 2 * x.shape[-1] ** 2:
+    if not plain(layer, nn.Linear, nn.Conv2d) or x.numel() < 2 * x.shape[-1] ** 2:
         query, key, value = pointwise(layer, x).unflatten(-1, (heads, 3, -1)).unbind(-2)
         return query, key, value
     # Windows are taken faster of all queries, then all keys: few rows of the weight move for it.

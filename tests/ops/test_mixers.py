@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from vitarium.ops import MIXERS, OPERATORS, Mixer, build_mixer
 
@@ -99,6 +100,25 @@ def test_dtypes_devices_and_compile(name: str, example: dict[str, Any]) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(fresh(torch.float64), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x.double()), expected)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_layers_may_be_adapted_and_watched(name: str, adapted, unheard) -> None:
+    """Low-rank adaptation counts wherever a layer's weight is used, and hooks run."""
+    example = MIXERS[name].examples[-1]
+    mixer = _build(name, example, dtype=torch.float64).eval()
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    ours, merged = adapted(mixer)
+    for size in ((7, 7), (24, 24)):
+        x = torch.randn(2, *size, example["dim"], dtype=torch.float64)
+        context = {"context": torch.randn_like(x)} if mixer.cross else {}
+        torch.testing.assert_close(ours(x, **context), merged(x, **context))
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x, **context), merged(x, **context))
+        types = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d)
+        assert not unheard(mixer, lambda x=x: mixer(x), *types)
 
 
 @pytest.mark.parametrize(("name", "example"), EXAMPLES)

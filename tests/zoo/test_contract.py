@@ -188,6 +188,19 @@ def test_bfloat16_is_close_to_float32(name, models):
 
 
 @every_family
+def test_layers_may_be_adapted_and_watched(name, models, adapted, unheard):
+    """Low-rank adaptation counts wherever a layer's weight is used, and hooks run."""
+    model = copy.deepcopy(models[name]).double()
+    ours, merged = adapted(model)
+    images = _images().double()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(ours(images), merged(images))
+            types = nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm2d, nn.GELU
+            assert not unheard(model, lambda: model(images), *types)
+
+
+@every_family
 @torch.no_grad()
 def test_compiles_to_one_graph(name, models):
     torch._dynamo.reset()

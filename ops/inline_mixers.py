@@ -83,6 +83,8 @@ def dynamic_convolution(x: Tensor, weight: Tensor) -> Tensor:
             ]
         ).sum(0)
     batch, channels = weight.shape[:2]
+    if batch == 0:  # nor are there convolutions without groups
+        return x * weight[:, None, None, :, 0]
     images = x.permute(0, 3, 1, 2).reshape(1, batch * channels, *x.shape[1:3])
     kernels = weight.reshape(batch * channels, 1, 3, 3)
     found = F.conv2d(images, kernels, padding=1, groups=batch * channels)

@@ -45,7 +45,8 @@ class State:
         count = images * heads
         parts = flat.split([count * x for x in (head_dim * value_dim, head_dim, value_dim)])
         self.product = parts[0].view(shape)
-        self.z, self.u = (part.view(images, heads, 1, -1) for part in parts[1:])
+        self.z = parts[1].view(images, heads, 1, head_dim)
+        self.u = parts[2].view(images, heads, 1, value_dim)
 
     @classmethod
     def zeros(cls, like: Tensor, dtype: torch.dtype, *shape: int) -> State:

@@ -151,7 +151,8 @@ def plain(layer: nn.Module, *types: type[nn.Module]) -> bool:
     """Whether a layer computes what its type says of its parameters, and nobody watches it.
 
     Only then may its parameters be used without calling it: layers of low-rank adaptation,
-    quantised and parametrised ones are of other types, and hooks would not run.
+    quantised and parametrised ones are of other types, and hooks would not run. Hooks of whoever
+    traces are not counted: the graph shall be that of the model as it runs.
 
     Args:
         layer: any module.
@@ -163,7 +164,8 @@ def plain(layer: nn.Module, *types: type[nn.Module]) -> bool:
         layer._backward_hooks,
         layer._backward_pre_hooks,
     )
-    return type(layer) in (types or (Linear, nn.Linear)) and not any(hooks)
+    watched = any(hooks) and not torch.jit.is_tracing()
+    return type(layer) in (types or (Linear, nn.Linear)) and not watched
 
 
 if _ONEDNN and torch.ops.mkldnn._linear_pointwise not in flop_registry:

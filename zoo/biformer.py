@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vitarium.ops.dispatch import plain_aten
 from vitarium.zoo.checkpoint import backbone_entries
 from vitarium.zoo.parts import BatchNorm, Block, PatchConv
 from vitarium.zoo.pyramid import Pyramid
@@ -96,7 +97,7 @@ class LeanBlock(Block):
 
     def _recomputed(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:
         """`function(x)`, of which the backward pass computes anew what it needs."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or plain_aten():  # transforms of functions cannot
             return function(x)
         draws = self.training and self.mlp.drop1.p > 0  # the same numbers must be drawn again
         return checkpoint(function, x, use_reentrant=False, preserve_rng_state=draws)

@@ -63,7 +63,7 @@ def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """`conv(x)`; where its gradient is slow, as a small kernel on patches of many channels."""
     size, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
     slow = conv.in_channels < stride**2 <= size
-    if not (slow and torch.is_grad_enabled() and plain(conv, nn.Conv2d)):
+    if not (slow and torch.is_grad_enabled() and plain(conv, nn.Conv2d) and len(x)):
         return conv(x)
     after = [length // stride * stride + padding - length for length in x.shape[2:]]
     x = F.pad(x, (padding, after[1], padding, after[0]))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, register_notrace_module
 from torch import Tensor, nn
 
+from vitarium.ops.dispatch import exporting, plain_aten
 from vitarium.ops.mixer import pad_map
 from vitarium.ops.projection import Linear, linear
 from vitarium.zoo.checkpoint import backbone_entries
@@ -142,12 +143,12 @@ def _sampled(x: Tensor, offset: Tensor) -> Tensor:
     image = torch.arange(batch, device=x.device).view(-1, 1, 1, 1, 1, 1) * (height * width)
     place = image + row[..., :, None] * width + column[..., None, :]
     weight = row_weight[..., :, None] * column_weight[..., None, :]
-    found = F.embedding_bag(
-        place.reshape(-1, 4),
-        x.reshape(-1, channels),
-        per_sample_weights=weight.reshape(-1, 4).to(x.dtype),
-        mode="sum",
-    )
+    place, source = place.reshape(-1, 4), x.reshape(-1, channels)
+    weight = weight.reshape(-1, 4).to(x.dtype)
+    if plain_aten() and not exporting():  # there is no derivative in forward mode of the other
+        found = (source[place] * weight[..., None]).sum(1)
+    else:
+        found = F.embedding_bag(place, source, per_sample_weights=weight, mode="sum")
     return found.view(batch, rows, columns, 4 * channels)
 
 

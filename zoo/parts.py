@@ -154,7 +154,8 @@ def second_half(mlp: Any, x: Tensor) -> Tensor:
         x: what a layer of the network gave, which nothing else reads.
     """
     layers = plain(mlp.act, nn.GELU), plain(mlp.drop1, nn.Dropout), plain(mlp.fc2)
-    exact = all(layers) and mlp.act.approximate == "none"
+    unwatched = all(plain(layer, type(layer)) for layer in mlp.children())
+    exact = unwatched and all(layers) and mlp.act.approximate == "none"
     if not exact or x.device.type != "cpu" or (mlp.training and mlp.drop1.p > 0):
         return mlp.drop2(mlp.fc2(mlp.drop1(mlp.act(x))))
     return mlp.drop2(gelu_linear(x, mlp.fc2.weight, mlp.fc2.bias, overwrite=True))

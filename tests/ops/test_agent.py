@@ -95,9 +95,8 @@ def test_pooling() -> None:
     for agent_num in (1, 9):  # on either side of what is less work
         mixer = AgentAttention(8, num_heads=2, agent_num=agent_num, dtype=torch.float64)
         query = mixer.qkv(x)[..., :8]
-        torch.testing.assert_close(
-            mixer._agents(x, query.unflatten(-1, (2, 4))), mixer.pooled(query)
-        )
+        agents = mixer.agents(x, query.unflatten(-1, (2, 4)), mixer.qkv)
+        torch.testing.assert_close(agents, mixer.pooled(query))
 
 
 def test_biases_of_another_map_are_interpolated() -> None:

@@ -103,6 +103,18 @@ def test_dtypes_devices_and_compile(name: str, example: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", MIXERS)
+def test_no_images(name: str) -> None:
+    for example in MIXERS[name].examples:
+        mixer = _build(name, example).eval()
+        x = torch.randn(0, 9, 12, example["dim"], requires_grad=True)
+        y = mixer(x)
+        assert y.shape == x.shape
+        y.sum().backward()
+        with torch.no_grad():
+            assert mixer(x).shape == x.shape
+
+
+@pytest.mark.parametrize("name", MIXERS)
 def test_layers_may_be_adapted_and_watched(name: str, adapted, unheard) -> None:
     """Low-rank adaptation counts wherever a layer's weight is used, and hooks run."""
     example = MIXERS[name].examples[-1]

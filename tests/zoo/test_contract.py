@@ -188,6 +188,37 @@ def test_bfloat16_is_close_to_float32(name, models):
 
 
 @every_family
+def test_no_images(name, models):
+    model = copy.deepcopy(models[name])
+    logits = model(_images()[:0])
+    assert logits.shape == (0, 1000)
+    logits.sum().backward()
+
+
+@every_family
+def test_transforms_of_functions(name, models):
+    """Gradients per image by `vmap`, and derivatives in forward mode, as the loop has them."""
+    model, images = copy.deepcopy(models[name]).double(), _images(33, 40).double()
+    weights = {"head.fc.weight": model.get_classifier().weight.detach()}
+    if "head.fc.weight" not in dict(model.named_parameters()):
+        weights = {"head.weight": model.get_classifier().weight.detach()}
+
+    def total(weights, image):
+        return torch.func.functional_call(model, weights, (image[None],)).square().sum()
+
+    together = torch.func.vmap(torch.func.grad(total), (None, 0))(weights, images)
+    for key, found in together.items():
+        alone = torch.stack([torch.func.grad(total)(weights, image)[key] for image in images])
+        torch.testing.assert_close(found, alone)
+    direction = torch.randn_like(images)
+    slope = torch.func.jvp(model, (images,), (direction,))[1]
+    step = 1e-6
+    with torch.no_grad():
+        ahead, behind = (model(images + sign * step * direction) for sign in (1, -1))
+    torch.testing.assert_close(slope, (ahead - behind) / (2 * step), atol=1e-6, rtol=1e-4)
+
+
+@every_family
 def test_layers_may_be_adapted_and_watched(name, models, adapted, unheard):
     """Low-rank adaptation counts wherever a layer's weight is used, and hooks run."""
     model = copy.deepcopy(models[name]).double()

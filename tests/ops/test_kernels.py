@@ -187,7 +187,7 @@ SMALL = (
         (5, 25), (5, 16), (1, 16), is_causal=(False, True),
         heads=2, heads_kv=1, head_dim=32, value_dim=32, has_bias=False,
     ),
-    Case((8, 4, 8), (7, 3, 7), head_dim=32, value_dim=24, has_bias=False),
+    Case((7, 3, 8), (7, 3, 7), head_dim=32, value_dim=24, has_bias=False),
 )  # fmt: skip
 
 LARGE = tuple(

@@ -165,6 +165,8 @@ def plain(layer: nn.Module, *types: type[nn.Module]) -> bool:
         layer._backward_pre_hooks,
     )
     watched = any(hooks) and not torch.jit.is_tracing()
+    if not torch.compiler.is_compiling():  # accelerate, to load weights when they are needed
+        watched = watched or "forward" in layer.__dict__
     return type(layer) in (types or (Linear, nn.Linear)) and not watched
 
 

@@ -12,7 +12,7 @@ from vitarium.ops import OPERATORS
 pytest.importorskip("triton")
 
 
-# By file and, as the operators take long, by operator; neighborhoods have a whole file of their own.
+# By file and, as operators take long, by operator; neighborhoods have a whole file of their own.
 PARTS = [
     ("test_kernels.py", ""),
     ("test_kernels_window.py", ""),
